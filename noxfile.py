@@ -1,0 +1,61 @@
+"""Tasks of the project: ``nox -l`` lists them. What they need of the system, ``.ci/setup`` installs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests"]
+
+TOP = Path(__file__).parent
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Install layerfs as users get it, not editable, so that packaging faults show."""
+    shutil.rmtree(TOP / "build" / "lib", ignore_errors=True)  # setuptools would pack modules that are no more
+    session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
+    install(session, "fuse", "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff's rules and format, mypy in strict mode."""
+    install(session, "fuse", "lint", "test")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "-p", "layerfs")
+    session.run("mypy", "tests", "noxfile.py")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """`layerfs bench`; arguments go to it."""
+    install(session, "fuse")
+    session.run("layerfs", "bench", *session.posargs)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Apply and diff beside GNU tar and containers-storage, in one run; arguments go to it."""
+    install(session, "fuse")
+    session.run("python", "-m", "layerfs.bench.peers", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """An environment .venv-dev that follows the source as it is edited; run it again after adding a module."""
+    session.run("python3", "-m", "venv", ".venv-dev")
+    # Only strict mode makes links that mypy and editors can follow through package-dir.
+    editable = ("-e", f"{TOP}[dev,fuse,lint,test]", "--config-settings", "editable_mode=strict")
+    session.run(".venv-dev/bin/python", "-m", "pip", "install", "--quiet", *editable)
