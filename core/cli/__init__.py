@@ -1,0 +1,5 @@
+"""The command line ``layerfs``."""
+
+from layerfs.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,200 @@
+"""The program itself: its commands by topic, what its exit codes mean, and how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from layerfs.cli import images, layers, namespace, shell, store
+from layerfs.cli.common import Settings, store_options
+from layerfs.cli.output import one_line
+from layerfs.errors import LayerfsError
+
+EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
+
+_TOPICS: dict[str, tuple[click.Command, ...]] = {
+    "Store": (store.drivers, store.init, store.check, store.gc),
+    "Images": (images.import_image, images.export, images.images),
+    "Layers": (
+        layers.prepare,
+        layers.view,
+        layers.commit,
+        layers.remove,
+        layers.list_layers,
+        layers.inspect,
+        layers.usage,
+    ),
+    "Files": (layers.mount, layers.unmount, layers.changes, layers.diff, layers.apply, namespace.unshare),
+}
+
+# Imported only when they are called, because what they need is slow to import; with their lines for the help.
+_LATE = {"bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them.")}
+
+_EXIT_CODES = """\b
+Exit codes:
+    0  done
+    1  failed in a way that has no code of its own
+    2  the command line or a value in it is wrong
+    3  this host lacks something; the message names it
+    4  no such layer, image or store
+    5  the name is taken
+    6  the layer's state forbids it (children, in use, not active)
+    7  layer data from outside is malformed or hostile
+    8  data in the store is damaged
+    9  no space left
+   10  the kernel refused a call
+   70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
+  130  interrupted (Ctrl-C or SIGTERM), and cleaned up
+"""
+
+
+class Program(click.Group):
+    """Shows its commands by topic, and imports the late ones only when they are called."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise click.exceptions.Exit(_end_quietly()) from None
+        return result
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *_LATE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _LATE:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = _LATE[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        _complete_options(ctx, command, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
+        late = [(name, text) for name, (_, text) in _LATE.items()]
+        topics = {title: [(str(c.name), c.get_short_help_str(64)) for c in group] for title, group in _TOPICS.items()}
+        shells = [(str(shell.completion.name), shell.completion.get_short_help_str(64))]
+        for title, rows in {**topics, "Other": [*late, *shells]}.items():
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=12)
+
+
+def _complete_options(context: click.Context, command: click.Command, name: str) -> None:
+    """Give a late command the shared options that it does not have, and the values from before its name."""
+    has = {option for parameter in command.params for option in parameter.opts}
+    command.params += [option for option in store_options() if not has.intersection(option.opts)]
+    before = context.find_object(Settings)
+    if before is not None and before.driver is not None:
+        values = {str(p.name): before.driver for p in command.params if "--driver" in p.opts and p.expose_value}
+        context.default_map = {**(context.default_map or {}), name: values}
+
+
+def _version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("layerfs")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        click.echo(f"layerfs {version}")
+        context.exit()
+
+
+@click.group(
+    cls=Program,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    params=store_options(environment=True),
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
+def cli() -> None:
+    """Keep container layers on interchangeable storage drivers.
+
+    \b
+    A store is one directory with one driver. The way of a layer:
+      import (an image)   its layers are committed: finished, read-only
+      prepare             a writable layer on top of one of them
+      mount               its files, to be changed with any program
+      commit              finish it; it may have children then
+      export              as an image for skopeo, podman, docker
+
+    --root and --driver may stand before or after the command's name. Without root, layerfs works in a user namespace
+    of its own; "layerfs unshare" is a shell in it.
+    """
+
+
+for _commands in _TOPICS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+cli.add_command(shell.completion)
+
+
+def main() -> int:
+    """Run the command line of this process and return its exit code. Errors are one line on the standard error."""
+    with _termination_as_interrupt():
+        try:
+            code = cli.main(prog_name="layerfs", standalone_mode=False)
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except click.ClickException as error:
+            return _complain(_usage(error), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            return _complain("interrupted", EXIT_INTERRUPTED)
+        except LayerfsError as error:
+            return _complain(str(error), error.exit_code)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
+            return _complain(text, EXIT_INTERNAL)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: click.ClickException) -> str:
+    """The message, and where the help is."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"; try {context.command_path!r} --help" if context else ""
+    return error.format_message().rstrip(".") + hint
+
+
+def _complain(text: str, code: int) -> int:
+    if os.environ.get("LAYERFS_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"layerfs: {one_line(text)}", err=True)
+    return code
+
+
+def _end_quietly() -> int:
+    """The reader has gone (``| head``): nothing more can be said, not even by the interpreter's last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_BROKEN_PIPE
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C; after the first of them the rest are ignored, so that cleaning up is not cut short."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before: dict[signal.Signals, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

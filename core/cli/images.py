@@ -1,0 +1,80 @@
+"""Commands for images: in, out, and what is there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from layerfs.cli.common import Command, json_option, open_store
+from layerfs.cli.output import ago, print_json, print_table, size_text, image_progress
+
+if TYPE_CHECKING:
+    from layerfs.imagerecords import Image
+
+
+@click.command(
+    "import",
+    cls=Command,
+    examples=(
+        "import debian.oci",
+        "import debian.tar --name debian:12",
+        "import images.oci --platform linux/arm64",
+    ),
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="The image's name in the store [default: the one in the SOURCE].")
+@click.option("--platform", metavar="OS/ARCH", help="Which image of several platforms [default: this machine's].")
+@json_option
+def import_image(source: Path, name: str | None, platform: str | None, as_json: bool) -> None:
+    """Import images from an OCI layout or Docker archive.
+
+    Prints their names. SOURCE is an OCI layout (folder or tar) or a tar of "docker save". Layers that the store has
+    already are not stored again. Every digest is verified.
+    """
+    with open_store(create=True) as store, image_progress() as progress:
+        found = store.images.import_(source, name=name, platform=platform, progress=progress)
+    if as_json:
+        print_json([image_facts(image) for image in found])
+        return
+    for image in found:
+        click.echo(image.name)
+
+
+@click.command(cls=Command, examples=("export my-app my-app.oci", "export my-app my-app.tar --compression zstd"))
+@click.argument("name")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--compression",
+    type=click.Choice(["gzip", "zstd", "none"]),
+    default="gzip",
+    show_default=True,
+    help="Of layers that are not kept as they were imported.",
+)
+def export(name: str, dest: Path, compression: str) -> None:
+    """Export an image or committed layer as an OCI layout.
+
+    DEST becomes a folder, or a tar if it ends in .tar. SOURCE_DATE_EPOCH in the environment makes it reproducible.
+    """
+    with open_store() as store, image_progress() as progress:
+        store.images.export(name, dest, compression=compression, progress=progress)
+
+
+@click.command(cls=Command, examples=("images", "images --json"))
+@json_option
+def images(as_json: bool) -> None:
+    """List the images of the store."""
+    with open_store() as store:
+        found = list(store.images.list())
+    if as_json:
+        print_json([image_facts(image) for image in found])
+        return
+    rows = [(i.name, i.platform, str(len(i.layers)), size_text(i.size), ago(i.created), i.digest) for i in found]
+    print_table(("name", "platform", "layers", "size", "imported", "digest"), rows)
+
+
+def image_facts(image: Image) -> dict[str, Any]:
+    """An image as JSON takes it; times as RFC 3339 in UTC."""
+    return {**asdict(image), "created": image.created.isoformat()}

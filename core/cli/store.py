@@ -1,0 +1,114 @@
+"""Commands for the store as a whole: drivers, making it, checking it, cleaning it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+import click
+
+
+from layerfs.cli.common import Command, json_option, open_store, pairs, settings
+from layerfs.cli.output import print_json, print_table, size_text
+from layerfs.errors import Damaged, InvalidArgument, LayerfsError
+
+
+@click.command(cls=Command, examples=("drivers", "drivers --root /srv/layers", "drivers --json"))
+@json_option
+def drivers(as_json: bool) -> None:
+    """Say which storage drivers work on this machine.
+
+    Where one does not, the remedy is the one thing to do about it. Each is tried for real.
+    """
+    from layerfs import registry
+    from layerfs.driver import Probe
+    from layerfs.kernel import userns
+
+    root = settings().place()
+    userns.enter()
+    found = []
+    for name in registry.names():
+        summary = ""
+        filesystems: tuple[str, ...] = ()
+        try:
+            driver = registry.load(name)
+            summary, filesystems = driver.summary, driver.needs.filesystems
+            probe = driver.probe(root)
+        except LayerfsError as error:
+            probe = Probe(usable=False, reason=str(error))
+        found.append({"name": name, "summary": summary, "filesystems": list(filesystems), **asdict(probe)})
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            d["name"],
+            "yes" if d["usable"] else "no",
+            d["summary"],
+            ", ".join(d["filesystems"]) or "any",
+            d["reason"],
+            d["remedy"] or "-",
+        )
+        for d in found
+    ]
+    print_table(("name", "usable", "a layer is", "file system", "reason", "remedy"), rows)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "init --driver overlay2",
+        "init --driver btrfs --backing btrfs:20G",
+        "init --driver overlay2 --backing ext4 --device /dev/sdb1",
+    ),
+)
+@click.option(
+    "--backing", metavar="FS[:SIZE]", help="Keep the data on a file system of its own: dir, btrfs, ext4, xfs."
+)
+@click.option("--device", metavar="DEVICE", help="Make that file system on this device, not on a sparse file.")
+@click.option("--force", is_flag=True, help="Even if the device holds data, which is lost then.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="A setting of the driver; may be repeated."
+)
+def init(backing: str | None, device: str | None, force: bool, options: tuple[str, ...]) -> None:
+    """Make a store, and print where it is.
+
+    The store remembers its driver and options. A store that is there already is left as it is, if it fits. Without
+    --backing the data lives in the store's directory, or on a sparse file where the driver needs another file system
+    (its size is the most that it may grow to).
+    """
+    spec = _backing_spec(backing, device)
+    with open_store(create=True, options=pairs(options, "--option"), backing=spec, force=force) as store:
+        click.echo(os.fsencode(store.root))
+
+
+@click.command(cls=Command, examples=("check", "check --repair", "check --json"))
+@click.option("--repair", is_flag=True, help="Put right what can be put right without losing data.")
+@json_option
+def check(repair: bool, as_json: bool) -> None:
+    """Find damaged, orphaned and half-made layers.
+
+    Committed layers are verified against their diff IDs. Ends with 0 if all is well or was repaired, with 8 if
+    problems remain.
+    """
+    with open_store() as store, step_progress("checking") as progress:
+        found = store.check(repair=repair, progress=progress)
+
+
+@click.command(cls=Command, examples=("gc", "gc --json"))
+@json_option
+def gc(as_json: bool) -> None:
+    """Remove what nothing needs any more."""
+
+
+def _backing_spec(backing: str | None, device: str | None) -> BackingSpec | None:
+    """``FS[:SIZE]`` and the device as the store takes them."""
+    from layerfs.backing import BackingSpec
+    from layerfs.sizes import parse_size
+
+    if backing is None:
+        if device is not None:
+            raise InvalidArgument("--device needs --backing to say which file system to make on it")
+        return None
+    filesystem, _, size = backing.partition(":")
+    return BackingSpec(filesystem, parse_size(size) if size else None, device)

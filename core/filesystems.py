@@ -1,0 +1,112 @@
+"""The file systems that a backing can be made of: how each is made, recognised, mounted and grown."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerfs import mounts
+from layerfs.driver import Mount
+from layerfs.errors import EnvironmentUnfit, KernelRefused, LayerfsError, OutOfSpace
+
+_MIB = 1 << 20
+_SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # a user's PATH often lacks them
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one file system is made, mounted and grown.
+
+    Attributes:
+        mkfs: the command without the device; ``{uuid}`` stands for the new file system's UUID.
+        features: further arguments of it, the first that this kernel can mount wins.
+        options: mount options, the first that the kernel takes win.
+        grow: the command that grows it while mounted; ``{device}`` and ``{path}`` are filled in.
+        grow_down: those that grow it while it is not mounted, where there are such.
+    """
+
+    package: str
+    smallest: int
+    mkfs: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
+    features: tuple[tuple[str, ...], ...] = ((),)
+    grow: tuple[str, ...] = ()
+    grow_down: tuple[tuple[str, ...], ...] = ()
+
+
+KINDS = {
+    "btrfs": Kind(
+        package="btrfs-progs",
+        smallest=128 * _MIB,
+        mkfs=("mkfs.btrfs", "-q", "-f", "-L", "layerfs", "-U", "{uuid}"),
+        options=(("discard=async",), ()),
+    ),
+    "ext4": Kind(
+        package="e2fsprogs",
+        smallest=16 * _MIB,
+        mkfs=("mkfs.ext4", "-q", "-F", "-L", "layerfs", "-U", "{uuid}"),
+        features=(
+            ("-E", "lazy_itable_init=0,lazy_journal_init=0,quotatype=prjquota", "-O", "quota,project"),
+            ("-E", "lazy_itable_init=0,lazy_journal_init=0"),  # for kernels without CONFIG_QFMT_V2
+        ),
+        options=(("discard", "prjquota"), ("discard",)),
+        grow=("resize2fs", "{device}"),  # the kernel wants CAP_SYS_RESOURCE for this one
+        grow_down=(("e2fsck", "-f", "-p", "{device}"), ("resize2fs", "{device}")),
+    ),
+    "xfs": Kind(
+        package="xfsprogs",
+        smallest=320 * _MIB,
+        mkfs=("mkfs.xfs", "-q", "-f", "-L", "layerfs", "-s", "size=4096", "-m", "reflink=1,uuid={uuid}"),
+        options=(("discard", "prjquota"), ("discard",)),
+        grow=("xfs_growfs", "{path}"),
+    ),
+}
+
+
+def mount(filesystem: str, device: str, path: Path) -> None:
+    """Mount a device with the best options that the kernel takes. Raises what `mounts.attach` raises."""
+    variants = KINDS[filesystem].options
+    for options in variants:
+        try:
+            mounts.attach([Mount(filesystem, device, ("rw", *options))], path)
+        except KernelRefused as error:
+            if error.errno != errno.EINVAL or options == variants[-1]:
+                raise
+        else:
+            return
+
+
+def signature(device: str) -> dict[str, str]:
+    """What blkid(8) finds on a device: TYPE, UUID, PTTYPE …; empty where it finds nothing."""
+    command = [tool("blkid", "util-linux"), "--probe", "--output", "export", device]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if result.returncode == 8:  # signatures of several kinds at once
+        return {"TYPE": "several signatures"}
+    lines = result.stdout.decode(errors="replace").splitlines()
+    pairs = (line.partition("=") for line in lines)
+    return {key: value for key, _, value in pairs if key != "DEVNAME" and value}
+
+
+def tool(name: str, package: str) -> str:
+    """Where a program is, or `EnvironmentUnfit` naming the Debian package that has it."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}")
+    if path is None:
+        raise EnvironmentUnfit(f"{name} is not installed; install the package {package}")
+    return path
+
+
+def run(command: list[str], package: str) -> None:
+    """Run a tool to its end, quietly. Raises `EnvironmentUnfit`, `OutOfSpace` or plain `LayerfsError`."""
+    result = subprocess.run(
+        [tool(command[0], package), *command[1:]], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    corrected = command[0] == "e2fsck" and result.returncode == 1  # which is a success
+    if result.returncode and not corrected:
+        words = " ".join((result.stderr or result.stdout).decode(errors="replace").split())
+        if os.strerror(errno.ENOSPC) in words:
+            raise OutOfSpace(f"{command[0]} on {command[-1]!r}: {words}")
+        raise LayerfsError(f"{command[0]} on {command[-1]!r} failed: {words or result.returncode}")

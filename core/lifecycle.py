@@ -1,0 +1,147 @@
+"""The life of layers: prepared or viewed, committed, removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from layerfs.database import NOBODY, Row, State, checked_text, encoded
+from layerfs.driver import Capability
+from layerfs.errors import AlreadyExists, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, NotFound
+from layerfs.layer import Kind, Layer
+from layerfs.mounting import Mounting
+from layerfs.recovery import Recovery
+from layerfs.session import Session, named
+from layerfs.transfer import Transfer
+
+
+class Lifecycle:
+    """Makes, commits and removes layers for one session."""
+
+    def __init__(self, session: Session, mounting: Mounting, recovery: Recovery, transfer: Transfer) -> None:
+        self._session = session
+        self._database = session.database
+        self._mounting = mounting
+        self._recovery = recovery
+        self._transfer = transfer
+
+    def make(self, key: str, kind: Kind, parent: str, labels: Mapping[str, str], size: int | None) -> Row:
+        """Make an active layer or a view."""
+        check_key(key)
+        check_labels(labels)
+        if size is not None and size <= 0:
+            raise InvalidArgument(f"a size limit of {size} bytes is no limit; give more, or leave it out")
+        if size is not None and not self._session.driver.capabilities & Capability.SIZE_LIMIT:
+            raise EnvironmentUnfit(f"the driver {self._session.driver.name!r} cannot limit a layer's size on this backing")
+        has_volume = kind is Kind.ACTIVE or not parent
+        with self._database.transaction():
+            self._check_free(key)
+            above = self._parent(parent)
+            me = self._session.number
+            has_volume = has_volume or above is None
+            volume = self._database.new_volume(me) if has_volume else None
+            state, owner = (State.CREATING, me) if has_volume else (State.READY, None)
+            number = self._database.insert(key, kind, above, volume, state, owner, labels, size)
+        row = self._numbered(number)
+        if has_volume:
+            try:
+                self._create(row, size)
+            except BaseException:
+                self._undo(row)
+                raise
+        return self._numbered(number)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], *, digest: bool) -> Layer:
+        """Make an active layer a committed one, called ``name``."""
+        check_key(name)
+        check_labels(labels)
+        with self._database.transaction():
+            row = self._session.idle(key)
+            if row.kind is not Kind.ACTIVE:
+                raise FailedPrecondition(f"the layer {key!r} is {row.kind}; only an active layer can be committed")
+            self._check_free(name)
+            self._database.change(
+                row.number, state=State.BUSY, owner=self._session.number, new_key=name, new_labels=encoded(labels)
+            )
+        try:
+            self._mounting.take_down(row)
+            if digest and not row.layer.diff_id:
+                self._transfer.measure(row)
+            self._database.change(row.number, state=State.SEALING)
+        except BaseException:
+            self._recovery.unlock(row)
+            raise
+        row = self._numbered(row.number)
+        try:
+            self._recovery.seal(row)
+        except LayerfsError as error:
+            self._recovery.give_up(row, error)
+            raise
+        return self._numbered(row.number).layer
+
+    def remove(self, key: str) -> None:
+        """Take a layer away."""
+        with self._database.transaction():
+            row = self._session.idle(key)
+            if children := self._database.children(row.number):
+                some = ", ".join(map(repr, children[:2])) + (" and more" if len(children) > 2 else "")
+                raise FailedPrecondition(f"cannot remove the layer {key!r}: it has children; remove {some} first")
+            if image := self._database.image_on(key):
+                raise FailedPrecondition(f"the layer {key!r} is used by image {image!r}; remove the image first")
+            self._database.change(row.number, state=State.REMOVING, owner=self._session.number)
+        try:
+            self._recovery.remove(row)
+        except LayerfsError as error:
+            self._recovery.give_up(row, error)
+            raise
+
+    def _create(self, row: Row, size: int | None) -> None:
+        assert row.volume is not None
+        volume, parents = self._session.volumes(row)
+        self._session.driver.create(volume, parents, size=size)
+        if row.kind is Kind.VIEW:
+            self._session.driver.seal(volume, parents)
+        with self._database.transaction():
+            self._database.own_volume(row.volume, None)
+            self._database.change(row.number, state=State.READY, owner=None)
+
+    def _undo(self, row: Row) -> None:
+        try:
+            self._recovery.remove(row)
+        except LayerfsError:
+            self._database.change(row.number, owner=NOBODY)
+
+    def _parent(self, name: str) -> int | None:
+        """The number of the committed layer of this key, or of the topmost layer of the image of this name."""
+        if not name:
+            return None
+        row = self._database.find(name)
+        if row is None and (image := self._database.image(name)) is not None:
+            if not image.top_chain_id:
+                return None
+            row = self._database.find(image.top_chain_id)
+        if row is None or row.state in (State.CREATING, State.REMOVING):
+            raise NotFound(f"there is no layer or image {name!r} to be a parent")
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(f"the layer {name!r} is {row.kind}; only a committed layer can be a parent")
+        return row.number
+
+    def _check_free(self, key: str) -> None:
+        if self._database.is_taken(key):
+            raise AlreadyExists(f"there is already a layer {key!r}")
+
+    def _numbered(self, number: int) -> Row:
+        row = self._database.numbered(number)
+        assert row is not None
+        return row
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key (`InvalidArgument`)."""
+    if not key:
+        raise InvalidArgument("a layer's key cannot be empty")
+    checked_text("the key", [key])
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Refuse what cannot be labels (`InvalidArgument`)."""
+    checked_text("the label", [*labels, *labels.values()])

@@ -1,0 +1,488 @@
+"""Mounting what a driver describes: attach, take down, or open as a directory without a place in the file tree."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerfs.driver import Mount
+from layerfs.errors import EnvironmentUnfit, FailedPrecondition, refused
+from layerfs.kernel import mountapi as api
+from layerfs.kernel.openat2 import RESOLVE_IN_ROOT, openat2
+
+_ATTRIBUTES = {
+    "ro": api.MOUNT_ATTR_RDONLY,
+    "nosuid": api.MOUNT_ATTR_NOSUID,
+    "nodev": api.MOUNT_ATTR_NODEV,
+    "noexec": api.MOUNT_ATTR_NOEXEC,
+    "noatime": api.MOUNT_ATTR_NOATIME,
+    "strictatime": api.MOUNT_ATTR_STRICTATIME,
+    "nodiratime": api.MOUNT_ATTR_NODIRATIME,
+    "nosymfollow": api.MOUNT_ATTR_NOSYMFOLLOW,
+}
+_FLAGS = {
+    "ro": api.MS_RDONLY,
+    "nosuid": api.MS_NOSUID,
+    "nodev": api.MS_NODEV,
+    "noexec": api.MS_NOEXEC,
+    "noatime": api.MS_NOATIME,
+    "relatime": api.MS_RELATIME,
+    "strictatime": api.MS_STRICTATIME,
+    "nodiratime": api.MS_NODIRATIME,
+    "nosymfollow": api.MS_NOSYMFOLLOW,
+}
+_NOT_FOR_THE_FILE_SYSTEM = frozenset(
+    {*_FLAGS, "rw", "suid", "dev", "exec", "defaults", "bind", "rbind", "atime", "diratime"}
+)
+
+# What a kernel without the new calls answers (ENOSYS), and one whose overlayfs has no lowerdir+ (EINVAL).
+_TOO_OLD = frozenset({errno.ENOSYS, errno.EINVAL})
+
+_new_api = True
+"""False once the kernel has turned out not to know the calls that `_detached` uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountPoint:
+    """One line of ``/proc/self/mountinfo``, see proc_pid_mountinfo(5), with its escapes undone.
+
+    Attributes:
+        id, parent: mount IDs; the parent is the mount that this one lies on.
+        device: ``major:minor`` of the file system.
+        root: the directory of the file system that is shown at ``target``.
+        options: of the mount; ``super_options``: of the file system.
+    """
+
+    id: int
+    parent: int
+    device: str
+    root: str
+    target: Path
+    type: str
+    source: str
+    options: tuple[str, ...]
+    super_options: tuple[str, ...]
+
+
+def table() -> list[MountPoint]:
+    """Every mount of this process's mount namespace, in the kernel's order (a later one covers an earlier one)."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return [_parsed(line) for line in file]
+
+
+def attach(mounts: Sequence[Mount], target: Path) -> None:
+    """Mount ``mounts`` in their order at the directory ``target``; when one fails, none stays.
+
+    A mount's own ``target`` is looked up inside what is mounted so far, where links cannot lead out of it.
+    Raises `EnvironmentUnfit` for lack of privilege or of a file system type, `KernelRefused` otherwise.
+    """
+    with ExitStack() as stack:
+        done: list[int] = []
+        try:
+            for mount in mounts:
+                with _reported(mount, target), _place(mount, target) as place:
+                    done.append(stack.enter_context(_fd(_mounted(mount, place))))
+        except BaseException:
+            for fd in reversed(done):
+                api.umount(_named(fd), api.MNT_DETACH)
+            raise
+
+
+def unmount(target: Path, *, lazy: bool = False) -> None:
+    """Take down the mount at ``target`` with the mounts below it; nothing mounted there is no error.
+
+    With ``lazy`` it goes from the file tree at once, and from the kernel when its last user closes it.
+    Raises `FailedPrecondition` naming the processes that hold it.
+    """
+    try:
+        if not lazy:
+            for below in _below(target):
+                _umount(below, 0)
+        _umount(target, api.MNT_DETACH if lazy else 0)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            who = ", ".join(holders(target)) or "the kernel itself (a loop device, a swap file, another mount)"
+            raise FailedPrecondition(f"unmounting {str(target)!r}: it is in use by {who}; end that first") from error
+        raise refused(f"unmounting {str(target)!r}", error) from error
+
+
+@contextmanager
+def opened(mounts: Sequence[Mount]) -> Iterator[int]:
+    """A directory descriptor of the tree that ``mounts`` show, without a place in the file tree.
+
+    The mount is gone when the context ends, however the process ends. A plain read-write bind needs no privilege: its
+    source is opened as it is, and so is a read-only one for a process that may not mount.
+    Raises what `attach` raises.
+    """
+    with ExitStack() as stack:
+        first = mounts[0]
+        with _reported(first):
+            fd = _opened_alone(first, stack) if len(mounts) == 1 else _opened_hidden(mounts, stack)
+        yield stack.enter_context(_fd(fd))
+
+
+def holders(target: Path) -> list[str]:
+    """The processes, as ``PID (command)``, that have a file, directory or mapping on the mount at ``target``."""
+    top = _resolved(target)
+    ids = {m.id for m in table() if m.target == top}
+    found = []
+    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
+            if _holds(Path("/proc", pid), ids):
+                found.append(f"{pid} ({Path('/proc', pid, 'comm').read_text().strip()})")
+    return found
+
+
+# Making mounts
+
+
+def _opened_alone(mount: Mount, stack: ExitStack) -> int:
+    """Open the directory that one mount shows; ``stack`` keeps the mount for as long as it is needed."""
+    if mount.type == "bind" and not mount.read_only:
+        return _directory(mount.source)
+    try:
+        detached = _detached(mount)
+    except PermissionError:
+        if mount.type != "bind":
+            raise
+        return _directory(mount.source)
+    if detached is None:
+        return _opened_hidden([mount], stack)
+    return _root(stack.enter_context(_fd(detached)))
+
+
+def _opened_hidden(mounts: Sequence[Mount], stack: ExitStack) -> int:
+    """Open what several mounts show, by a detached copy of what stands at a private place for a moment."""
+    place = Path(tempfile.mkdtemp(prefix="layerfs-"))
+    try:
+        attach(mounts, place)
+        try:
+            copy = api.open_tree(api.AT_FDCWD, str(place), api.OPEN_TREE_CLONE | api.AT_RECURSIVE)
+        finally:
+            unmount(place, lazy=True)
+    finally:
+        place.rmdir()
+    return _root(stack.enter_context(_fd(copy)))
+
+
+def _mounted(mount: Mount, place: int) -> int:
+    """Mount ``mount`` over the directory that ``place`` has open; an O_PATH descriptor of its root."""
+    fd = _detached(mount)
+    if fd is not None:
+        try:
+            api.move_mount(fd, place)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+    # The classic calls take names only; once mounted, the name leads to the new mount, `place` to what it covers.
+    name = os.readlink(_named(place))
+    if _known(mount.type):
+        _mount_classic(mount, name)
+    else:
+        _mount_helper(mount, name)
+    return os.open(name, os.O_PATH | os.O_CLOEXEC)
+
+
+def _detached(mount: Mount) -> int | None:
+    """A detached mount, as an O_PATH descriptor; None where only the classic way can make it."""
+    global _new_api  # noqa: PLW0603 - what the kernel can do is one fact for the whole process
+    if not _new_api or not _known(mount.type):
+        return None
+    try:
+        return _detached_bind(mount) if mount.type == "bind" else _detached_new(mount)
+    except OSError as error:
+        if error.errno not in _TOO_OLD or not _lacks_new_api():
+            raise
+    _new_api = False
+    return None
+
+
+def _detached_bind(mount: Mount) -> int:
+    recursive = "rbind" in mount.options
+    flags = api.OPEN_TREE_CLONE | (api.AT_RECURSIVE if recursive else 0)
+    fd = api.open_tree(api.AT_FDCWD, mount.source, flags)
+    try:
+        if attributes := _attributes(mount):
+            api.mount_setattr(fd, attributes, _cleared(attributes), recursive=recursive)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _detached_new(mount: Mount) -> int:
+    with ExitStack() as stack:
+        context = stack.enter_context(_fd(api.fsopen(mount.type)))
+        if mount.source:
+            api.fsconfig_string(context, "source", mount.source)
+        if mount.read_only:
+            api.fsconfig_flag(context, "ro")
+        for key, value in _settings(mount):
+            if value is None:
+                api.fsconfig_flag(context, key)
+            else:
+                api.fsconfig_string(context, key, _short(value, stack) if key in _DIRECTORIES else value)
+        api.fsconfig_create(context)
+        return api.fsmount(context, _attributes(mount))
+
+
+_DIRECTORIES = frozenset({"lowerdir+", "upperdir", "workdir"})
+
+
+def _settings(mount: Mount) -> Iterator[tuple[str, str | None]]:
+    """The options that are the file system's own, with overlay's directories taken apart and free of escapes."""
+    for option in mount.options:
+        if option in _NOT_FOR_THE_FILE_SYSTEM:
+            continue
+        key, equals, value = option.partition("=")
+        if mount.type == "overlay" and key == "lowerdir":
+            yield from (("lowerdir+", _unescaped(part)) for part in _split(value))
+        elif mount.type == "overlay" and key in ("upperdir", "workdir"):
+            yield key, _unescaped(value)
+        else:
+            yield key, value if equals else None
+
+
+def _short(path: str, stack: ExitStack) -> str:
+    """A name for the directory that overlayfs takes as it is: itself, or by way of a descriptor of it.
+
+    The kernel takes up to 255 bytes, and undoes escapes in some of these options but not in others.
+    """
+    if len(os.fsencode(path)) <= api.VALUE_LIMIT and not re.search(r"[\\,:]", path):
+        return path
+    return _named(stack.enter_context(_fd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))))
+
+
+def _mount_classic(mount: Mount, target: str) -> None:
+    """mount(2), for kernels before 6.8 (overlay's ``lowerdir+``) or 5.12 (read-only bind mounts)."""
+    flags = 0
+    for option in mount.options:
+        flags |= _FLAGS.get(option, 0)
+    if mount.type == "bind":
+        recursive = api.MS_REC if "rbind" in mount.options else 0
+        api.mount(mount.source, target, "", api.MS_BIND | recursive)
+        if flags:
+            try:
+                api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
+            except OSError:
+                api.umount(target, api.MNT_DETACH)
+                raise
+        return
+    with ExitStack() as stack:
+        data = ",".join(_classic_options(mount, stack))
+        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, os.fsencode(data)))
+
+
+def _classic_options(mount: Mount, stack: ExitStack) -> Iterator[str]:
+    """The option string, with overlay's directories as the bare numbers of their descriptors.
+
+    They are names relative to /proc/self/fd: 500 layers fit into the one page that mount(2) takes.
+    """
+    lower: list[str] = []
+    for key, value in _settings(mount):
+        if value is not None and key in _DIRECTORIES:
+            fd = stack.enter_context(_fd(os.open(value, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+            if key == "lowerdir+":
+                lower.append(str(fd))
+            else:
+                yield f"{key}={fd}"
+        else:
+            yield key if value is None else f"{key}={value}"
+    if lower:
+        yield "lowerdir=" + ":".join(lower)
+
+
+def _in_fd_directory(call: Callable[[], None]) -> None:
+    """Run ``call`` in a thread that has a working directory of its own: /proc/self/fd."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            api.unshare_cwd()
+            os.chdir("/proc/self/fd")
+            call()
+        except BaseException as error:  # handed to the caller's thread below
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _mount_helper(mount: Mount, target: str) -> None:
+    """mount(8), for types that a program mounts (``fuse3.NAME``, ``zfs``)."""
+    program = shutil.which("mount")
+    if program is None:
+        raise EnvironmentUnfit(f"mounting type {mount.type!r} needs mount(8); install the package mount")
+    options = ["-o", ",".join(mount.options)] if mount.options else []
+    command = [program, "-t", mount.type, *options, "--", mount.source, target]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if result.returncode:
+        words = result.stderr.decode(errors="replace").strip() or f"mount(8) ended with {result.returncode}"
+        raise OSError(errno.ENODEV if "unknown filesystem" in words else errno.EIO, words)
+
+
+def _known(filesystem: str) -> bool:
+    """Whether the kernel itself mounts this type, without a helper program."""
+    return "." not in filesystem and filesystem not in ("fuse", "zfs")
+
+
+def _lacks_new_api() -> bool:
+    """Whether this kernel cannot build an overlay layer by layer, or has no mount API of that kind at all."""
+    try:
+        with _fd(api.fsopen("overlay")) as context:
+            api.fsconfig_string(context, "lowerdir+", "/")
+            api.mount_setattr(context, 0)
+    except OSError as error:
+        return error.errno == errno.ENOSYS or (error.errno == errno.EINVAL and "lowerdir+" in str(error))
+    return False
+
+
+def _attributes(mount: Mount) -> int:
+    result = 0
+    for option in mount.options:
+        result |= _ATTRIBUTES.get(option, 0)
+    return result
+
+
+def _cleared(attributes: int) -> int:
+    """What mount_setattr(2) wants cleared along with them: the old access-time mode when a new one is set."""
+    times = api.MOUNT_ATTR_NOATIME | api.MOUNT_ATTR_STRICTATIME
+    return api.MOUNT_ATTR_ATIME if attributes & times else 0
+
+
+# Places and names
+
+
+@contextmanager
+def _fd(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _named(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def _root(mount_fd: int) -> int:
+    """A descriptor for reading the root directory of the mount that an O_PATH descriptor stands for."""
+    return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount_fd)
+
+
+def _directory(path: str | Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _place(mount: Mount, target: Path) -> Iterator[int]:
+    """The directory (or file) that ``mount`` is to cover."""
+    with _fd(os.open(target, os.O_PATH | os.O_CLOEXEC)) as base:
+        if not mount.target:
+            yield base
+            return
+        with _fd(openat2(base, mount.target, os.O_PATH, resolve=RESOLVE_IN_ROOT)) as place:
+            yield place
+
+
+@contextmanager
+def _reported(mount: Mount, target: Path | None = None) -> Iterator[None]:
+    """Turn what the kernel says in the body into an error of the family."""
+    try:
+        yield
+    except OSError as error:
+        where = f" at {str(target / mount.target)!r}" if target else ""
+        step = f"mounting {mount.type} of {mount.source!r}{where}"
+        if error.errno == errno.ENODEV:
+            text = f"{step}: this kernel has no such file system; load its module (modprobe {mount.type})"
+            raise EnvironmentUnfit(text) from error
+        raise refused(step, error) from error
+
+
+def _split(value: str) -> list[str]:
+    """Split at the colons that no backslash escapes."""
+    return re.findall(r"(?:\\.|[^:\\])+", value, re.DOTALL)
+
+
+def _unescaped(value: str) -> str:
+    return re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
+
+
+# Looking at mounts
+
+
+def _parsed(line: bytes) -> MountPoint:
+    fields = line.rstrip(b"\n").split(b" ")
+    dash = fields.index(b"-", 6)
+    number, parent, device, root, target, options = fields[:6]
+    filesystem, source, super_options = fields[dash + 1 : dash + 4]
+    return MountPoint(
+        int(number),
+        int(parent),
+        device.decode(),
+        _octal(root),
+        Path(_octal(target)),
+        _octal(filesystem),
+        _octal(source),
+        tuple(map(_octal, options.split(b","))),
+        tuple(map(_octal, super_options.split(b","))),
+    )
+
+
+def _octal(raw: bytes) -> str:
+    """Undo the kernel's escapes: a backslash and three octal digits."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), raw))
+
+
+def _below(target: Path) -> list[Path]:
+    """The mount points below ``target``, those to be taken down first in front."""
+    top = _resolved(target)
+    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
+
+
+def _resolved(target: Path) -> Path:
+    """The name under which the kernel lists the mount point ``target``."""
+    return Path(os.path.realpath(target.parent)) / target.name
+
+
+def _umount(target: Path, flags: int) -> None:
+    try:
+        api.umount(target, flags | api.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # neither a mount point nor there at all
+            raise
+
+
+def _holds(process: Path, ids: set[int]) -> bool:
+    """Whether a process's working directory, root, program, files or mappings lie on one of the mounts ``ids``."""
+    for info in (process / "fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            if _mount_id(info) in ids:
+                return True
+    maps = process / "map_files"
+    for link in (process / "cwd", process / "root", process / "exe", *(maps.iterdir() if maps.exists() else ())):
+        with contextlib.suppress(OSError), _fd(os.open(link, os.O_PATH | os.O_CLOEXEC)) as fd:
+            if _mount_id(Path("/proc/self/fdinfo", str(fd))) in ids:
+                return True
+    return False
+
+
+def _mount_id(fdinfo: Path) -> int | None:
+    for line in fdinfo.read_text().splitlines():
+        if line.startswith("mnt_id:"):
+            return int(line.split()[1])
+    return None

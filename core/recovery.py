@@ -1,0 +1,105 @@
+"""Finishing or undoing what sessions left that ended in the middle of their work."""
+
+from __future__ import annotations
+
+from layerfs.database import NOBODY, Row, State
+from layerfs.errors import FailedPrecondition, LayerfsError
+from layerfs.mounting import Mounting
+from layerfs.session import Session, named
+
+
+class Recovery:
+    """Takes over the work of dead sessions."""
+
+    def __init__(self, session: Session, mounting: Mounting) -> None:
+        self._session = session
+        self._database = session.database
+        self._mounting = mounting
+
+    def run(self, *, given_up: bool = False) -> list[str]:
+        """Recover what dead sessions left; what was done, for people.
+
+        Cheap where there is nothing to do: one query, and one look at the lock file for each other session.
+
+        Args:
+            given_up: also try again what an earlier recovery, or an operation that failed, could not finish.
+        """
+        known = self._database.sessions()
+        dead = [n for n in known if n != self._session.number and not self._session.locks.is_held(n)]
+        if not dead and not given_up:
+            return []
+        with self._database.transaction():
+            dead = [number for number in dead if number in self._database.sessions()]
+            owners = [*dead, NOBODY] if given_up else dead
+            rows = self._database.owned(*owners)
+            volumes = self._database.stray_volumes(*owners)
+            self._database.take_over(self._session.number, *owners)
+            for number in dead:
+                self._database.end_session(number)
+        done = [self._finish_or_give_up(row) for row in rows]
+        done += [self._discard_or_give_up(volume) for volume in volumes]
+        if dead:
+            done += self._mounting.tidy()
+        return [what for what in done if what]
+
+    def finish(self, row: Row) -> str:
+        """Finish or undo the work on a layer that this session owns; what was done, for people."""
+        match row.state:
+            case State.CREATING | State.REMOVING:
+                self.remove(row)
+                return f"removed the half-made or half-removed layer {row.key!r}"
+            case State.BUSY:
+                self.unlock(row)
+                return f"broke off an operation on the layer {row.key!r}"
+            case State.SEALING:
+                self.seal(row)
+                return f"finished the commit of the layer {row.key!r} to {row.new_key!r}"
+            case State.READY:
+                return ""
+
+    def remove(self, row: Row) -> None:
+        """Take away a layer that is being removed."""
+        self._mounting.take_down(row)
+        if row.volume is not None:
+            self._session.driver.remove(named(row.volume))
+            self._session.record(row.volume).unlink(missing_ok=True)
+        with self._database.transaction():
+            self._database.delete(row.number)
+            if row.volume is not None:
+                self._database.delete_volume(row.volume)
+
+    def seal(self, row: Row) -> None:
+        """Finish a commit."""
+        volume, parents = self._session.volumes(row)
+        self._session.driver.seal(volume, parents)
+        self._session.sync()
+        assert row.new_key is not None
+        assert row.new_labels is not None
+        with self._database.transaction():
+            self._database.commit(row.number, row.new_key, row.new_labels)
+
+    def unlock(self, row: Row) -> None:
+        """Let a layer be as it was before an operation began."""
+        self._database.change(row.number, state=State.READY, owner=None, new_key=None, new_labels=None)
+
+    def give_up(self, row: Row, error: LayerfsError) -> None:
+        """After a failure: let the layer be as it was if nothing has been done to it, else leave it for later."""
+        if isinstance(error, FailedPrecondition):
+            self.unlock(row)
+        else:
+            self._database.change(row.number, owner=NOBODY)
+
+    def _finish_or_give_up(self, row: Row) -> str:
+        try:
+            return self.finish(row)
+        except LayerfsError:
+            self._database.change(row.number, owner=NOBODY)
+            return ""
+
+    def _discard_or_give_up(self, volume: int) -> str:
+        try:
+            self._session.discard(volume)
+        except LayerfsError:
+            self._database.own_volume(volume, NOBODY)
+            return ""
+        return f"removed the unused volume {named(volume)!r}"

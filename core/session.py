@@ -1,0 +1,125 @@
+"""One opening of a store by one process: what every part of the store works with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerfs.backing import Backing
+from layerfs.database import NOBODY, Database, Row, State
+from layerfs.driver import Driver
+from layerfs.errors import FailedPrecondition, NotFound, refused
+from layerfs.kernel.libc import check, libc
+from layerfs.locks import LockFile
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One opening of a store.
+
+    Attributes:
+        root: the store's directory, without links in its path.
+        number: of the session, whose byte in the lock file is held as long as it lives.
+    """
+
+    root: Path
+    number: int
+    locks: LockFile
+    database: Database
+    backing: Backing
+    driver: Driver
+
+    # Names
+
+    def place(self, layer: int) -> Path:
+        """Where a layer is mounted."""
+        return self.places / named(layer)
+
+    @property
+    def places(self) -> Path:
+        """The directory of the layers' mount points."""
+        return self.root / "mnt"
+
+    @property
+    def records(self) -> Path:
+        """The directory of the tar records."""
+        return self.root / "records"
+
+    def record(self, volume: int) -> Path:
+        """Where the tar record of a volume is, if it has one."""
+        return self.records / named(volume)
+
+    # Layers
+
+    def visible(self, key: str) -> Row:
+        """The layer that users see under this key. Raises `NotFound`."""
+        row = self.database.find(key)
+        if row is None or row.state in (State.CREATING, State.REMOVING):
+            raise NotFound(f"there is no layer {key!r}")
+        return row
+
+    def idle(self, key: str) -> Row:
+        """The layer under this key, which nobody is at work on. Raises `NotFound`, `FailedPrecondition`."""
+        row = self.visible(key)
+        if row.state is not State.READY:
+            raise FailedPrecondition(f"the layer {key!r} is busy: {self.worker(row)}")
+        return row
+
+    def volumes(self, row: Row) -> tuple[str, list[str]]:
+        """The volume that shows the layer, and the volumes of its ancestors, nearest first."""
+        first, *others = map(named, self.database.ancestry(row.number))
+        return first, others
+
+    def worker(self, row: Row) -> str:
+        """Who is at work on a layer, for people."""
+        what = {State.BUSY: "using it for a diff or an apply", State.SEALING: "committing it"}.get(row.state, "at it")
+        if row.owner in (None, NOBODY):
+            return "an operation on it failed half-way; run `layerfs check --repair`"
+        return f"process {self.database.sessions().get(row.owner, '?')} is {what}"
+
+    # Work on volumes
+
+    def discard(self, volume: int) -> None:
+        """Take a volume away that belongs to no layer, with its record."""
+        self.driver.remove(named(volume))
+        self.record(volume).unlink(missing_ok=True)
+        self.database.delete_volume(volume)
+
+    def forget_diff(self, row: Row) -> None:
+        """Forget the diff ID of an active layer, and its record: it may be written to from now on."""
+        if row.layer.diff_id:
+            assert row.volume is not None
+            self.database.change(row.number, diff_id="", diff_size=0, diff_entries=0, record="")
+            self.record(row.volume).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        """Have the data on the backing written out, see syncfs(2). Raises `OutOfSpace`, `KernelRefused`."""
+        fd = os.open(self.backing.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            check(libc.syncfs(fd))
+        except OSError as error:
+            raise refused(f"writing out the data of the store {str(self.root)!r}", error) from error
+        finally:
+            os.close(fd)
+
+
+def named(number: int) -> str:
+    """The name of a volume or mount point: its number in base 36, because mount options are short."""
+    digits = ""
+    while True:
+        number, digit = divmod(number, 36)
+        digits = _DIGITS[digit] + digits
+        if not number:
+            return digits
+
+
+def numbered(name: str) -> int | None:
+    """The number of a volume or mount point; None for a name that is no such."""
+    try:
+        number = int(name, 36)
+    except ValueError:
+        return None
+    return number if named(number) == name else None

@@ -1,0 +1,280 @@
+"""Writes tar archives: headers as bytes that depend on nothing but what they describe, and payloads fast.
+
+The format is POSIX.1-2017 pax: plain ustar headers, with an extended header in front only where a field of ustar is
+too small. Names go as the bytes that they are. A thread computes the archive's digest beside the reading and writing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import queue
+import struct
+import threading
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+from urllib.parse import quote_from_bytes
+
+from isal import isal_zlib
+
+from layerfs.errors import refused
+from layerfs.record import RecordWriter
+from layerfs.tar.header import BLOCK, ZEROS
+
+_CHUNK: Final = 1 << 18
+"""Bytes handed on at once: small enough to stay in a core's cache between reading, hashing and writing."""
+_CHUNKS: Final = 8
+
+_NAME_SIZE: Final = 100
+_PREFIX_SIZE: Final = 155
+_LARGEST_ID: Final = 0o7777777
+_LARGEST_SIZE: Final = 0o77777777777
+
+# name, mode+uid+gid, size+mtime, checksum, kind, link, magic+version, uname+gname, major+minor, prefix
+_FIELDS: Final = struct.Struct("100s24s24s8s1s100s8s64s16s167s")
+_MAGIC: Final = b"ustar\x0000"
+_NO_DEVICE: Final = b"0000000\x000000000\0"
+_BLANKS: Final = b" " * 8
+_CHECKSUM_AT: Final = 148
+_EXTENDED_NAME: Final = b"././@PaxHeader"
+
+
+class SizeChanged(Exception):
+    """A file is shorter or longer than its header says."""
+
+
+def header(
+    name: bytes,
+    kind: bytes,
+    mode: int,
+    uid: int,
+    gid: int,
+    mtime: int,
+    size: int,
+    link: bytes,
+    device: tuple[int, int],
+    xattrs: Mapping[str, bytes],
+) -> bytes:
+    """The header of an entry, with the extended header in front where it needs one.
+
+    Args:
+        kind: type flag, see `layerfs.tar.header`.
+        mode: permission bits with setuid, setgid and sticky.
+        mtime: nanoseconds since the epoch.
+        size: bytes of payload that follow.
+        link: target of a hard or symbolic link.
+        device: major and minor number.
+        xattrs: extended attributes by name.
+    """
+    extended: dict[bytes, bytes] = {}
+    prefix, short = b"", name
+    if len(name) > _NAME_SIZE:
+        prefix, short = _split(name)
+        if not prefix:
+            extended[b"path"] = name
+    if len(link) > _NAME_SIZE:
+        extended[b"linkpath"] = link
+    if uid > _LARGEST_ID:
+        extended[b"uid"] = b"%d" % uid
+        uid = 0
+    if gid > _LARGEST_ID:
+        extended[b"gid"] = b"%d" % gid
+        gid = 0
+    if size > _LARGEST_SIZE:
+        extended[b"size"] = b"%d" % size
+        size = 0
+    seconds, fraction = divmod(mtime, 1_000_000_000)
+    if fraction or not 0 <= seconds <= _LARGEST_SIZE:
+        extended[b"mtime"] = _time(mtime)
+        seconds = min(max(seconds, 0), _LARGEST_SIZE)
+    if xattrs:
+        extended.update(_attribute(key, value) for key, value in xattrs.items())
+    block = _block(short, _owner(mode, uid, gid), size, seconds, kind, link, device, prefix)
+    return _extension(extended) + block if extended else block
+
+
+def _split(name: bytes) -> tuple[bytes, bytes]:
+    """A long name as ustar's prefix and name, or (nothing, its end) where that is not possible."""
+    cut = name.rfind(b"/", 0, min(_PREFIX_SIZE + 1, len(name) - 1))
+    if cut > 0 and len(name) - cut - 1 <= _NAME_SIZE:
+        return name[:cut], name[cut + 1 :]
+    return b"", name[-_NAME_SIZE:]
+
+
+def _time(nanoseconds: int) -> bytes:
+    """Seconds as a decimal number without needless digits."""
+    seconds, fraction = divmod(abs(nanoseconds), 1_000_000_000)
+    sign = b"-" if nanoseconds < 0 else b""
+    return b"%b%d.%09d" % (sign, seconds, fraction) if fraction else b"%b%d" % (sign, seconds)
+
+
+def _attribute(key: str, value: bytes) -> tuple[bytes, bytes]:
+    """SCHILY's record takes any value, but no "=" in the name; libarchive's takes any name."""
+    name = os.fsencode(key)
+    if b"=" in name:
+        return b"LIBARCHIVE.xattr." + quote_from_bytes(name).encode(), base64.b64encode(value)
+    return b"SCHILY.xattr." + name, value
+
+
+def _extension(records: Mapping[bytes, bytes]) -> bytes:
+    data = b"".join(_record(key, records[key]) for key in sorted(records))
+    head = _block(_EXTENDED_NAME, _owner(0, 0, 0), len(data), 0, b"x")
+    return head + data + bytes(-len(data) % BLOCK)
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    """``length key=value``, where the length counts its own digits."""
+    rest = len(key) + len(value) + 3  # blank, equals sign, line end
+    length = rest + len(str(rest))
+    length = rest + len(str(length))
+    return b"%d %b=%b\n" % (length, key, value)
+
+
+@lru_cache(maxsize=256)
+def _owner(mode: int, uid: int, gid: int) -> bytes:
+    """The fields of mode, uid and gid: most entries of a layer have the same few."""
+    return b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
+
+
+def _block(
+    name: bytes,
+    owner: bytes,
+    size: int,
+    seconds: int,
+    kind: bytes,
+    link: bytes = b"",
+    device: tuple[int, int] = (0, 0),
+    prefix: bytes = b"",
+) -> bytes:
+    numbers = b"%011o\0%011o\0" % (size, seconds)
+    devices = _NO_DEVICE if device == (0, 0) else b"%07o\0%07o\0" % device
+    block = _FIELDS.pack(name, owner, numbers, _BLANKS, kind, link, _MAGIC, b"", devices, prefix)
+    # The low half of an Adler-32 is the sum of the bytes plus one, modulo 65521, which no 256 bytes reach.
+    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    return b"%b%06o\0%b" % (block[:_CHECKSUM_AT], total, block[_CHECKSUM_AT + 7 :])
+
+
+class TarWriter:
+    """Writes entries to a stream; a context manager, because a thread stands behind it.
+
+    Args:
+        out: is given pieces of one reused buffer, which it must be done with when its ``write`` returns.
+        record: takes the tar record (see `layerfs.record`).
+    """
+
+    def __init__(self, out: BinaryIO, record: RecordWriter | None = None) -> None:
+        self._out = out
+        self._record = record
+        self._raw = isinstance(out, io.RawIOBase)  # which may write less than it is given
+        self._size = 0
+        self._used = 0
+        self._digest = hashlib.sha256()
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[bytearray, int] | None] = queue.SimpleQueue()
+        for _ in range(_CHUNKS):
+            self._free.put(bytearray(_CHUNK))
+        self._take_free()
+        self._thread = threading.Thread(target=self._hash, name="layerfs-digest", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def header(self, data: bytes) -> None:
+        """Append bytes that are no payload."""
+        if self._record is not None:
+            self._record.raw(data)
+        self._append(data)
+
+    def payload(self, fd: int, size: int, path: bytes) -> None:
+        """Append the file ``fd`` with its padding. Raises `SizeChanged` where it has not ``size`` bytes.
+
+        ``path`` is what the tar record finds it by.
+        """
+        checksum = 0
+        left = size
+        ended = False
+        while left:
+            if self._used == _CHUNK:
+                self._hand_over()
+            used = self._used
+            wanted = min(left + 1, _CHUNK - used)
+            count = os.readv(fd, [self._chunk[used : used + wanted]])
+            if not 0 < count <= left:
+                raise SizeChanged
+            ended = count < wanted
+            if self._record is not None:
+                checksum = isal_zlib.crc32(self._chunk[used : used + count], checksum)
+            left -= count
+            self._used += count
+        if not ended and os.read(fd, 1):
+            raise SizeChanged
+        if self._record is not None:
+            self._record.file(path, size, None, checksum)
+        if pad := -size % BLOCK:
+            self.header(ZEROS[:pad])
+
+    def finish(self) -> tuple[str, int]:
+        """End the archive; returns its SHA-256 in hexadecimal and its size in bytes."""
+        self.header(ZEROS + ZEROS)
+        self._hand_over()
+        self._stop()
+        digest = self._digest.hexdigest()
+        if self._record is not None:
+            self._record.finish(digest, self._size)
+        return digest, self._size
+
+    def _append(self, data: bytes) -> None:
+        end = self._used + len(data)
+        if end <= _CHUNK:
+            self._chunk[self._used : end] = data
+            self._used = end
+            return
+        at = 0
+        while at < len(data):
+            if self._used == _CHUNK:
+                self._hand_over()
+            count = min(len(data) - at, _CHUNK - self._used)
+            self._chunk[self._used : self._used + count] = data[at : at + count]
+            self._used += count
+            at += count
+
+    def _hand_over(self) -> None:
+        """Hash and write what is in the chunk, and take a free one."""
+        piece = self._chunk[: self._used]
+        self._full.put((self._buffer, self._used))
+        try:
+            written = self._out.write(piece)
+            while self._raw and written < self._used:
+                written += self._out.write(piece[written:])
+        except BrokenPipeError:
+            raise  # a reader that has seen enough
+        except OSError as error:
+            raise refused("writing the archive", error) from error
+        self._size += self._used
+        self._take_free()
+
+    def _take_free(self) -> None:
+        self._buffer = self._free.get()
+        self._chunk = memoryview(self._buffer)
+        self._used = 0
+
+    def _hash(self) -> None:
+        while (item := self._full.get()) is not None:
+            buffer, used = item
+            self._digest.update(memoryview(buffer)[:used])
+            self._free.put(buffer)
+
+    def _stop(self) -> None:
+        self._full.put(None)
+        self._thread.join()

@@ -1,0 +1,48 @@
+"""Walking a tree by directory descriptors, and what can be said of a whole tree after it: how much it occupies."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from layerfs.beneath import directory
+from layerfs.driver import Usage
+
+
+def walk(root: int) -> Iterator[tuple[bytes, int, list[os.DirEntry[str]]]]:
+    """Every directory of the tree below the directory ``root``, itself first, a parent before its children.
+
+    Yields the path from the root, a descriptor that is open until the next step, and the entries.
+    """
+    todo = [b""]
+    while todo:
+        path = todo.pop()
+        with directory(root, path) as fd:
+            with os.scandir(fd) as found:
+                entries = list(found)
+            yield path, fd, entries
+        prefix = path and path + b"/"
+        todo += [prefix + os.fsencode(e.name) for e in entries if e.is_dir(follow_symlinks=False)]
+
+
+def disk_usage(root: int) -> Usage:
+    """The allocated bytes and the inodes of the tree below the directory ``root``, which counts too; each inode once.
+
+    Other file systems that are mounted inside are left out.
+    """
+    top = os.fstat(root)
+    size, inodes = top.st_blocks * 512, 1
+    linked: set[int] = set()
+    for _, fd, entries in walk(root):
+        if os.fstat(fd).st_dev != top.st_dev:
+            continue
+        for entry in entries:
+            info = entry.stat(follow_symlinks=False)
+            if info.st_dev != top.st_dev or info.st_ino in linked:
+                continue
+            if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
+                linked.add(info.st_ino)
+            size += info.st_blocks * 512
+            inodes += 1
+    return Usage(size, inodes)
