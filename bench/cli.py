@@ -1,0 +1,140 @@
+"""The command ``layerfs bench``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from layerfs import registry
+from layerfs.bench import runfile, runner, table, workload
+from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.results import Run
+from layerfs.cli.common import json_option
+from layerfs.cli.output import print_json, print_table
+from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.kernel import userns
+from layerfs.sizes import parse_size
+
+_PIPE_WIDTH = 200  # where no terminal tells its own
+
+
+@click.command()
+@click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
+@click.option("--size", default="256M", show_default=True, help="Size of the large file, such as 64M or 1G.")
+@click.option("--workload", "names", multiple=True, help="Only this workload; may be repeated, or given with commas.")
+@click.option("--output", type=click.Path(path_type=Path), help="The run file [default: in ./results if it is there].")
+@click.option("--rounds", type=click.IntRange(1), help=f"Samples of each workload [default: {runner.ROUNDS}].")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the order and of all data [default: a new one].")
+@click.option("--backing", metavar="FS", help="File system for the drivers' data: dir, ext4, xfs or btrfs.")
+@click.option("--scratch", type=click.Path(path_type=Path), help="Directory for the scratch stores [default: TMPDIR].")
+@json_option
+@click.option("--list", "listing", is_flag=True, help="List the workloads and end.")
+def bench(
+    drivers: str,
+    size: str,
+    names: tuple[str, ...],
+    output: Path | None,
+    rounds: int | None,
+    seed: int | None,
+    backing: str | None,
+    scratch: Path | None,
+    as_json: bool,
+    listing: bool,
+) -> None:
+    """Measure drivers on this machine.
+
+    Makes scratch stores of its own, measures every workload on layers fresh for each sample, prints a table and keeps
+    all samples in a run file, which `pytest-benchmark compare` opens too. Nothing else stays.
+    """
+    if listing:
+        _list(as_json)
+        return
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    amount = parse_size(size)
+    place = (scratch or _default_scratch()).absolute()
+    wanted = [name for given in names for name in given.split(",") if name]
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    userns.enter()
+    with Interrupts() as interrupts:
+        plan = runner.Plan(
+            drivers=_usable(drivers, place, errors),
+            workloads=workload.chosen(wanted, amount, seed),
+            size=amount,
+            rounds=rounds,
+            seed=seed,
+            place=place,
+            filesystem=backing,
+        )
+        with _progress(errors) as progress:
+            run = runner.run(plan, interrupts, progress)
+        _report(run, output, as_json, errors)
+
+
+def _list(as_json: bool) -> None:
+    rows = [(name, kind.summary) for name, kind in workload.discover().items()]
+    if as_json:
+        print_json([{"name": name, "summary": summary} for name, summary in rows])
+    else:
+        print_table(("workload", "measures"), rows)
+
+
+def _default_scratch() -> Path:
+    """TMPDIR, else /var/tmp, which unlike /tmp is on a disk everywhere (hier(7))."""
+    place = Path("/var/tmp")  # noqa: S108 - the directory made in it has a random name and mode 0700
+    return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") or not place.is_dir() else place
+
+
+def _usable(given: str, place: Path, errors: Console) -> list[str]:
+    """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
+    names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
+    probes = {name: registry.load(name).probe(place) for name in names}
+    refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
+    if given == "all":
+        for name, reason in refused.items():
+            errors.print(f"Left out: {name}: {reason}", markup=False)
+    elif refused:
+        raise EnvironmentUnfit("; ".join(f"the driver {name!r} does not work here: {r}" for name, r in refused.items()))
+    usable = [name for name in names if name not in refused]
+    if not usable:
+        raise InvalidArgument("no driver to measure; give --driver a name that `layerfs drivers` calls usable")
+    return usable
+
+
+@contextmanager
+def _progress(errors: Console) -> Iterator[runner.Progress]:
+    """A bar, on a terminal."""
+    if not errors.is_terminal:
+        yield lambda _text, _part: None
+        return
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda text, part: bar.update(task, description=text, completed=part)
+
+
+def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> None:
+    contents = runfile.document(run)
+    folder = Path("results")
+    file = output or (folder if folder.is_dir() else Path()) / runfile.default_name(run.targets, run.size, run.started)
+    runfile.write(contents, file)
+    if as_json:
+        print_json(contents)
+    else:
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table.render(run))
+    for warning in run.warnings:
+        errors.print(f"Note: {warning}", markup=False)
+    click.echo(f"Run file: {file}", err=as_json)

@@ -1,0 +1,85 @@
+"""What base layers are filled with: incompressible data from a fixed seed."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+LOWER_FILE = "lower.dat"
+"""The large file in the base layer that `lower_file` describes."""
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A committed layer that samples stand on, made once for each driver.
+
+    Attributes:
+        key: tells bases of different content apart.
+        size: bytes of file content.
+        fill: writes the content into an empty mounted layer.
+    """
+
+    key: str
+    size: int
+    fill: Callable[[Path], None]
+
+
+def lower_file(size: int, seed: int) -> Base:
+    """One file of ``size`` bytes, `LOWER_FILE`."""
+    return Base(f"file-{size}-{seed}", size, lambda root: write_random(root / LOWER_FILE, size, seed))
+
+
+def small_files(count: int, size: int, seed: int) -> Base:
+    """``count`` files of ``size`` bytes together, of very different sizes, as the tree of a program has them."""
+
+    def fill(root: Path) -> None:
+        for name, data in tree(count, size, seed):
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    return Base(f"files-{count}-{size}-{seed}", size, fill)
+
+
+def write_random(path: Path, size: int, seed: int) -> None:
+    """Make a file of ``size`` random bytes that depend on ``seed`` alone, and have it on the disk."""
+    source = random.Random(seed)  # noqa: S311 - not for secrets
+    with open(path, "wb", buffering=0) as file:
+        file.writelines(source.randbytes(min(_CHUNK, size - offset)) for offset in range(0, size, _CHUNK))
+        os.fsync(file.fileno())
+
+
+def tree(count: int, size: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of ``count`` files, ``size`` bytes together, 20 to a directory.
+
+    Sizes are spread log-normally, so that most files are small and a few hold most of the bytes.
+    """
+    source = random.Random(seed)  # noqa: S311
+    weights = [source.lognormvariate(0, 2) for _ in range(count)]
+    scale = size / sum(weights)
+    for number, weight in enumerate(weights):
+        yield f"tree/{number // 20:04}/{number:05}.dat", source.randbytes(int(weight * scale))
+
+
+def write_tar(path: Path, count: int, size: int, seed: int) -> None:
+    """The files of `tree` as an uncompressed layer tar."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        directories = set[str]()
+        for name, data in tree(count, size, seed):
+            parent = name.rpartition("/")[0]
+            for directory in (parent.partition("/")[0], parent):
+                if directory not in directories:
+                    directories.add(directory)
+                    entry = tarfile.TarInfo(directory)
+                    entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+                    tar.addfile(entry)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))

@@ -1,0 +1,66 @@
+"""Ctrl-C and termination at points where nothing is torn."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+
+class Interrupts:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into one KeyboardInterrupt, and only where that is `allowed`.
+
+    A store operation that is cut in its middle is undone by the next opening of the store. A benchmark's store has no
+    next opening, so its operations are let finish, and so is the cleaning up, however often Ctrl-C is pressed.
+    """
+
+    def __init__(self) -> None:
+        self._allowed = False
+        self._pending = False
+        self._raised = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) wants it
+                self._previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._pending and (kind is None or not issubclass(kind, KeyboardInterrupt)):
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Where KeyboardInterrupt may come at any point; it comes at once if a signal is waiting."""
+        with self._switched(True):
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Where it may not, inside `allowed`; a signal that came meanwhile is raised at the end."""
+        with self._switched(False):
+            yield
+        self._check()
+
+    @contextmanager
+    def _switched(self, allowed: bool) -> Iterator[None]:
+        before, self._allowed = self._allowed, allowed
+        try:
+            self._check()
+            yield
+        finally:
+            self._allowed = before
+
+    def _received(self, _number: int, _frame: FrameType | None) -> None:
+        self._pending = True
+        self._check()
+
+    def _check(self) -> None:
+        if self._pending and self._allowed and not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt

@@ -1,0 +1,97 @@
+"""Samples, and what a series of them says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from layerfs.bench import statistics
+from layerfs.bench.caches import Reached
+from layerfs.bench.statistics import Interval
+from layerfs.bench.workload import Timing, Workload
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: a workload, once, on a fresh layer of one target."""
+
+    target: str
+    workload: Workload
+    round: int
+    timings: Sequence[Timing]
+    counters: Mapping[str, int]
+    cache: Reached | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """All samples' timings of one step of one workload on one target."""
+
+    target: str
+    workload: Workload
+    step: str
+    samples: Sequence[Sample]
+    timings: Sequence[Timing]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [timing.seconds for timing in self.timings]
+
+    @property
+    def speeds(self) -> list[float]:
+        """Bytes or operations per second where the timings count them, otherwise seconds."""
+        return [(t.operations or t.bytes) / t.seconds if t.operations or t.bytes else t.seconds for t in self.timings]
+
+    @property
+    def unit(self) -> str:
+        """Of `speeds`: ``B/s``, ``op/s`` or ``s``."""
+        first = self.timings[0]
+        return "op/s" if first.operations else "B/s" if first.bytes else "s"
+
+    @property
+    def latencies(self) -> dict[float, int]:
+        """Of all samples together."""
+        together: dict[float, int] = {}
+        for timing in self.timings:
+            for latency, number in timing.latencies.items():
+                together[latency] = together.get(latency, 0) + number
+        return together
+
+    def counter(self, name: str) -> Interval:
+        return statistics.median([sample.counters[name] for sample in self.samples])
+
+
+@dataclass(frozen=True)
+class Run:
+    """All samples of one invocation.
+
+    Attributes:
+        size: of the large file, in bytes; ``seed``: of every random choice.
+        fingerprint: what it was measured on (`layerfs.bench.fingerprint`).
+        warnings: what a reader of the figures should know, a sentence each.
+    """
+
+    started: datetime
+    size: int
+    seed: int
+    targets: Sequence[str]
+    samples: Sequence[Sample]
+    fingerprint: Mapping[str, object]
+    warnings: Sequence[str]
+
+    def series(self) -> list[Series]:
+        """In the order of workloads, then steps, then targets."""
+        by_work: dict[tuple[str, str], list[Sample]] = {}
+        for sample in sorted(self.samples, key=lambda s: (s.workload.label, self.targets.index(s.target), s.round)):
+            by_work.setdefault((sample.workload.label, sample.target), []).append(sample)
+        found = [series for samples in by_work.values() for series in _split(samples)]
+        order = {step: number for number, step in enumerate(dict.fromkeys((s.workload.label, s.step) for s in found))}
+        return sorted(found, key=lambda s: order[s.workload.label, s.step])
+
+
+def _split(samples: Sequence[Sample]) -> Iterable[Series]:
+    first = samples[0]
+    for number, timing in enumerate(first.timings):
+        timings = [sample.timings[number] for sample in samples]
+        yield Series(first.target, first.workload, timing.step, samples, timings)

@@ -1,0 +1,167 @@
+"""A run's scratch directory with a store for each driver, of which nothing stays."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from layerfs import mounts
+from layerfs.backing import DIRECTORY, BackingSpec
+from layerfs.bench.content import Base
+from layerfs.bench.fingerprint import storage
+from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.target import Target
+from layerfs.errors import NotFound, refused
+from layerfs.store import Store
+from layerfs.treecopy import remove_tree
+
+_PREFIX = "layerfs-bench-"
+
+
+class Scratch:
+    """A directory below ``place`` that is gone when the context ends, with every mount and loop device in it.
+
+    What a killed run left in ``place`` is taken away as well.
+    """
+
+    def __init__(self, place: Path, interrupts: Interrupts) -> None:
+        self._place = place
+        self._interrupts = interrupts
+        self._leaving = ExitStack()
+
+    def __enter__(self) -> Self:
+        _sweep(self._place)
+        try:
+            self.root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._place))
+        except OSError as error:
+            raise refused(f"making a scratch directory in {str(self._place)!r}", error) from error
+        # Whatever fails on the way out (an interrupted workload may hold files open), the rest is still done.
+        self._leaving.callback(_take_away, self.root)
+        lock = _locked(self.root)
+        if lock is not None:
+            self._leaving.callback(os.close, lock)
+        self.shared = self.root / "shared"
+        self.shared.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.close()
+
+    def target(self, driver: str, filesystem: str | None, size: int) -> StoreTarget:
+        """A new store with this driver, on a backing of ``filesystem`` (None: what the driver takes) of ``size``."""
+        backing = None
+        if filesystem:
+            backing = BackingSpec(filesystem, size=None if filesystem == DIRECTORY else size)
+        store = Store(self.root / driver, driver, backing=backing)
+        self._leaving.callback(store.close)
+        self._leaving.callback(_empty, store)
+        return StoreTarget(driver, store, self._interrupts)
+
+
+class StoreTarget(Target):
+    """A driver as a target: each operation is the store's own, and none is cut by a signal."""
+
+    def __init__(self, name: str, store: Store, interrupts: Interrupts) -> None:
+        self.name = name
+        self._store = store
+        self._interrupts = interrupts
+
+    def build(self, base: Base) -> None:
+        key = f"filling {base.key}"
+        self.create(key, None)
+        tree = self.mount(key)
+        with self._interrupts.allowed():
+            base.fill(tree)
+        with self._interrupts.held():
+            self._store.commit(base.key, key)
+
+    def create(self, key: str, base: Base | None) -> None:
+        with self._interrupts.held():
+            self._store.prepare(key, base.key if base else "")
+
+    def mount(self, key: str) -> Path:
+        with self._interrupts.held():
+            return self._store.mount(key)
+
+    def unmount(self, key: str) -> None:
+        with self._interrupts.held():
+            self._store.unmount(key)
+
+    def remove(self, key: str) -> None:
+        with self._interrupts.held():
+            self._store.remove(key)
+
+    def discard(self, key: str) -> None:
+        with self._interrupts.held(), contextlib.suppress(NotFound):
+            self._store.remove(key)  # its mount goes with it
+
+    def occupied(self, key: str) -> int:
+        with self._interrupts.held():
+            return self._store.usage(key).size
+
+    def apply(self, key: str, diff: BinaryIO) -> int:
+        with self._interrupts.held():
+            return self._store.apply(key, diff).size
+
+    def diff(self, key: str, out: BinaryIO) -> int:
+        with self._interrupts.held():
+            return self._store.diff(key, out).size
+
+    def facts(self) -> dict[str, object]:
+        driver = self._store.driver
+        return {
+            "driver": driver.name,
+            "options": driver.options,
+            "capabilities": sorted(flag.name or "" for flag in driver.capabilities),
+            "status": driver.status(),
+            "backing": storage(driver.root),
+        }
+
+
+def _empty(store: Store) -> None:
+    """Remove every layer, children before parents, with their mounts."""
+    left = {layer.key: layer.parent for layer in store.list()}
+    while left:
+        for key in set(left) - set(left.values()):
+            store.remove(key)
+            del left[key]
+
+
+def _locked(directory: Path) -> int | None:
+    """Hold a directory for this process; None where another process does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(place: Path) -> None:
+    """Take away what runs of this user left that were killed: their locks are free."""
+    for left in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if left.lstat().st_uid == os.geteuid() and (lock := _locked(left)) is not None:
+                try:
+                    _take_away(left)
+                finally:
+                    os.close(lock)
+
+
+def _take_away(root: Path) -> None:
+    """Unmount everything below a scratch directory, the last mounted first, and remove it."""
+    real = Path(os.path.realpath(root))
+    for mount in reversed(mounts.table()):
+        if mount.target.is_relative_to(real):
+            mounts.unmount(mount.target, lazy=True)
+    parent = os.open(root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(parent, root.name)
+    finally:
+        os.close(parent)

@@ -1,0 +1,61 @@
+"""Medians with confidence intervals, by the bootstrap: no assumption about how noise is distributed."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_RESAMPLES = 2000
+_LEVEL = 0.95
+# Fixed, so that one set of samples always gives one interval.
+_SEED = 20_141
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and its 95 % confidence interval."""
+
+    low: float
+    middle: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """Half the interval's width, as a part of the estimate."""
+        return (self.high - self.low) / 2 / self.middle if self.middle else 0.0
+
+
+def median(samples: Sequence[float]) -> Interval:
+    """The median, with the percentile bootstrap's interval (Efron 1979). From one sample there is no width."""
+    source = random.Random(_SEED)  # noqa: S311
+    return _interval(statistics.median(samples), [_resampled(samples, source) for _ in range(_RESAMPLES)])
+
+
+def ratio(samples: Sequence[float], reference: Sequence[float]) -> Interval:
+    """Median of ``samples`` over median of ``reference``, both resampled."""
+    source = random.Random(_SEED)  # noqa: S311
+    estimates = [_resampled(samples, source) / _resampled(reference, source) for _ in range(_RESAMPLES)]
+    return _interval(statistics.median(samples) / statistics.median(reference), estimates)
+
+
+def percentile(latencies: Mapping[float, int], part: float) -> float:
+    """The latency that ``part`` (0 to 1) of all operations did not exceed (nearest rank)."""
+    wanted = part * sum(latencies.values())
+    seen = 0
+    for latency in sorted(latencies):
+        seen += latencies[latency]
+        if seen >= wanted:
+            return latency
+    raise ValueError("no latencies")
+
+
+def _resampled(samples: Sequence[float], source: random.Random) -> float:
+    return statistics.median(source.choices(samples, k=len(samples)))
+
+
+def _interval(middle: float, estimates: list[float]) -> Interval:
+    estimates.sort()
+    cut = int((1 - _LEVEL) / 2 * len(estimates))
+    return Interval(estimates[cut], middle, estimates[-1 - cut])

@@ -1,0 +1,86 @@
+"""A run for people: one table, a column for each target, every figure with its unit and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import humanize
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from layerfs.bench import statistics
+from layerfs.bench.results import Run, Series
+from layerfs.bench.statistics import Interval
+from layerfs.sizes import format_size
+
+
+def render(run: Run) -> Group:
+    """The table with what explains it; every target after the first is also compared with it."""
+    rounds = len({sample.round for sample in run.samples})
+    heading = f"Files of {format_size(run.size)}, {rounds} rounds: medians ± half of the 95 % confidence interval"
+    return Group(Text(heading), _table(run), *_legend(run.targets))
+
+
+def _table(run: Run) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("workload", no_wrap=True)
+    table.add_column("step", no_wrap=True)
+    for target in run.targets:
+        table.add_column(target, justify="right")
+    for steps in _grouped(run):
+        for number, rows in enumerate(steps):
+            table.add_row(rows[0].workload.label if number == 0 else "", rows[0].step, *_cells(run.targets, rows))
+        for counter in steps[0][0].samples[0].counters:
+            values = {series.target: series.counter(counter).middle for series in steps[0]}
+            table.add_row("", counter, *(Text(format_size(round(values[t])), "cyan") for t in run.targets))
+        table.add_section()
+    return table
+
+
+def _legend(targets: Sequence[str]) -> list[Text]:
+    if len(targets) == 1:
+        return []
+    return [Text(f"x: so many times the speed of {targets[0]}; ~: the samples cannot tell them apart", "dim")]
+
+
+def _grouped(run: Run) -> list[list[list[Series]]]:
+    """By workload, then by step, one series for each target."""
+    groups: dict[str, dict[str, list[Series]]] = {}
+    for series in run.series():
+        groups.setdefault(series.workload.label, {}).setdefault(series.step, []).append(series)
+    return [list(steps.values()) for steps in groups.values()]
+
+
+def _cells(targets: Sequence[str], rows: Sequence[Series]) -> list[Text]:
+    by_target = {series.target: series for series in rows}
+    first = by_target[targets[0]]
+    return [_cell(by_target[target], first) for target in targets]
+
+
+def _cell(series: Series, first: Series) -> Text:
+    speed = statistics.median(series.speeds)
+    text = Text.assemble(_figure(speed.middle, series.unit), (f" ±{speed.spread:.0%}", "dim"))
+    if series is not first:
+        text.append_text(_against(statistics.ratio(series.seconds, first.seconds)))
+    if series.unit == "op/s" and series.latencies:
+        slow = statistics.percentile(series.latencies, 0.99)
+        text.append(f"\np99 {_figure(slow, 's')}", "dim")
+    return text
+
+
+def _against(times: Interval) -> Text:
+    """How many times as fast, from the ratio of times; green is faster."""
+    if times.low <= 1 <= times.high:
+        return Text("  ~", "dim")
+    speed = 1 / times.middle
+    return Text(f"  {speed:,.0f} x" if speed >= 10 else f"  {speed:.2g} x", "green" if speed > 1 else "red")
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "B/s":
+        return f"{humanize.naturalsize(value, format='%.3g')}/s"
+    if unit == "op/s":
+        return f"{humanize.intcomma(round(value))} op/s"
+    return humanize.metric(value, "s", precision=3)

@@ -1,0 +1,114 @@
+"""Where samples are taken: something that makes fresh layers.
+
+`Target` is what a workload and the runner see; `layerfs.bench.scratch.StoreTarget` is a driver below
+a store of its own. A control without
+layers (the bare backing directory) would be another `Target`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from layerfs.bench.content import Base
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One sample's layer.
+
+    Attributes:
+        target: what it was made on; workloads about layers themselves make more of them there.
+        key: its name there.
+        shared: the directory where `Workload.prepare` put what all samples share.
+        created: seconds that making and mounting it took.
+        fresh_size: bytes that it had on the backing then (a full copy has many).
+        tree: where it is mounted, or None.
+    """
+
+    target: Target
+    key: str
+    shared: Path
+    created: float
+    fresh_size: int
+    tree: Path | None
+
+    @property
+    def path(self) -> Path:
+        """Where it is mounted."""
+        if self.tree is None:
+            raise ValueError(f"the layer {self.key!r} is not mounted")
+        return self.tree
+
+    @property
+    def grown(self) -> int:
+        """Bytes that it has on the backing beyond what it had when it was fresh."""
+        return self.target.occupied(self.key) - self.fresh_size
+
+
+class Target(ABC):
+    """One thing that is measured: a driver on a backing."""
+
+    name: str
+
+    @abstractmethod
+    def create(self, key: str, base: Base | None) -> None:
+        """Make a writable layer on ``base``, or an empty one."""
+
+    @abstractmethod
+    def mount(self, key: str) -> Path:
+        """Mount a layer and say where."""
+
+    @abstractmethod
+    def unmount(self, key: str) -> None:
+        """Take a layer's mount down."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Take a layer away."""
+
+    @abstractmethod
+    def occupied(self, key: str) -> int:
+        """Bytes that a layer alone has on the backing."""
+
+    @abstractmethod
+    def apply(self, key: str, diff: BinaryIO) -> int:
+        """Apply a layer tar to an unmounted layer; its size in bytes."""
+
+    @abstractmethod
+    def diff(self, key: str, out: BinaryIO) -> int:
+        """Write a layer's changes as a layer tar; its size in bytes."""
+
+    @abstractmethod
+    def build(self, base: Base) -> None:
+        """Make the committed layer that ``base`` describes."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, object]:
+        """What it stands on, for the run file."""
+
+    @abstractmethod
+    def discard(self, key: str) -> None:
+        """Unmount and remove a layer that may be mounted, or not be there at all."""
+
+    @contextmanager
+    def fresh(self, base: Base | None, shared: Path, *, mounted: bool = True) -> Iterator[Layer]:
+        """A new layer that is gone afterwards."""
+        key = f"sample {next(_numbers)}"
+        begin = time.perf_counter()
+        try:
+            self.create(key, base)
+            tree = self.mount(key) if mounted else None
+            created = time.perf_counter() - begin
+            yield Layer(self, key, shared, created, self.occupied(key), tree)
+        finally:
+            self.discard(key)
+
+
+_numbers = count(1)

@@ -1,0 +1,145 @@
+"""What a workload is: its parameters, its set-up on a fresh layer, what it clocks and counts.
+
+A new workload is a new file in ``bench/workloads/`` with one subclass of `Workload`; nothing else has to know of it.
+A workload is told a layer and never which driver is below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import itertools
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from layerfs.bench.caches import CacheState
+from layerfs.bench.content import Base
+from layerfs.bench.target import Layer
+from layerfs.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One clocked step of a sample.
+
+    Attributes:
+        step: what was clocked, in a word or two.
+        seconds: how long the whole step took; where the step was repeated, the median of the repetitions.
+        bytes: moved in that time; 0 where the figure to read is a latency or a rate of operations.
+        operations: done in that time; 0 where the figure to read is a latency or a throughput.
+        latencies: seconds of single operations and how often each occurred, as far as they were recorded.
+    """
+
+    step: str
+    seconds: float
+    bytes: int = 0
+    operations: int = 0
+    latencies: Mapping[float, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload(ABC):
+    """One kind of work. The fields of a subclass, all with defaults, are its parameters.
+
+    A sample is ``set_up``, then the cache state of `reads` is established and checked, then ``measure``, ``counters``,
+    ``tear_down``; the layer is made before and taken away after by the runner. Only ``measure`` is clocked, and it
+    clocks itself. Data that was dirty when it begins has been written back.
+
+    Attributes:
+        size: bytes that the run's large file has (``--size``).
+        seed: of every random choice in the workload.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for ``--list``."""
+    sweep: ClassVar[Mapping[str, Sequence[object]]] = {}
+    """Parameters of which one run measures several values."""
+    programs: ClassVar[Sequence[str]] = ()
+    """Programs that it runs, each from the package of the same name."""
+    mounted: ClassVar[bool] = True
+    """False where the workload wants its layer unmounted (`Layer.path` is not there then)."""
+
+    size: int
+    seed: int
+
+    @property
+    def base(self) -> Base | None:
+        """The committed layer that a sample's layer stands on; None for a layer without parent."""
+        return None
+
+    @property
+    def writes(self) -> int:
+        """The most bytes that one sample adds to the backing."""
+        return self.size
+
+    @property
+    def cache(self) -> CacheState:
+        """The state that `reads` shall be in when ``measure`` begins."""
+        return CacheState.ANY
+
+    @property
+    def reads(self) -> str:
+        """The file, relative to the layer's root, whose cache state matters; "" where none does."""
+        return ""
+
+    def prepare(self, shared: Path) -> None:  # noqa: B027 - most workloads need nothing
+        """Make what all samples share and no driver keeps, in the directory ``shared``; called once a run."""
+
+    def set_up(self, layer: Layer) -> None:  # noqa: B027
+        """Bring a fresh layer into the state that the measurement starts from."""
+
+    @abstractmethod
+    def measure(self, layer: Layer) -> list[Timing]:
+        """Do the work and clock it."""
+
+    def counters(self, layer: Layer) -> dict[str, int]:  # noqa: ARG002
+        """Figures that do not depend on the machine's mood (bytes copied, blocks allocated), taken after `measure`."""
+        return {}
+
+    def tear_down(self, layer: Layer) -> None:  # noqa: B027
+        """Take away what `measure` left beside the layer itself; called also when it failed."""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The parameters by name, without size and seed, which belong to the run."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("size", "seed")]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def label(self) -> str:
+        """The name with the values of swept parameters: ``seqread-lower cold``."""
+        return " ".join([self.name, *(str(getattr(self, name)) for name in self.sweep)])
+
+
+def discover() -> dict[str, type[Workload]]:
+    """Every workload in ``bench/workloads/``, by name."""
+    package = importlib.import_module("layerfs.bench.workloads")
+    found: dict[str, type[Workload]] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__, package.__name__ + ".")):
+        for member in vars(importlib.import_module(module)).values():
+            if inspect.isclass(member) and issubclass(member, Workload) and member.__module__ == module:
+                found[member.name] = member
+    return found
+
+
+def chosen(names: Sequence[str], size: int, seed: int) -> list[Workload]:
+    """The workloads of these names (all for none), with each combination of their swept parameters.
+
+    Raises `InvalidArgument` for a name that is not there.
+    """
+    known = discover()
+    for name in names:
+        if name not in known:
+            raise InvalidArgument(f"there is no workload {name!r}; there are {', '.join(known)}")
+    return [variant for name in dict.fromkeys(names or known) for variant in _variants(known[name], size, seed)]
+
+
+def _variants(kind: type[Workload], size: int, seed: int) -> list[Workload]:
+    values = itertools.product(*kind.sweep.values())
+    return [kind(size=size, seed=seed, **dict(zip(kind.sweep, combination, strict=True))) for combination in values]

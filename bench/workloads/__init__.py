@@ -1,0 +1,1 @@
+"""One file for each workload, found by `layerfs.bench.workload.discover`."""

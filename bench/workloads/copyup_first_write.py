@@ -1,0 +1,50 @@
+"""The first write to a file of a lower layer, step by step."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+
+from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Timing, Workload
+
+
+@dataclass(frozen=True)
+class CopyupFirstWrite(Workload):
+    """Unions copy the whole file within open(2), where no I/O tester looks; so each system call has its own clock."""
+
+    name = "copyup-first-write"
+    summary = "change 4K of a lower layer's file: making the layer, open, write, fsync and a second write apart"
+
+    change: int = 4096
+
+    @property
+    def base(self) -> Base:
+        return lower_file(self.size, self.seed)
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        data = random.Random(self.seed).randbytes(self.change)  # noqa: S311
+        middle = self.size // 2 // self.change * self.change
+        clock = time.perf_counter
+        times = [clock()]
+        file = os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            times.append(clock())
+            os.pwrite(file, data, middle)
+            times.append(clock())
+            os.fsync(file)
+            times.append(clock())
+            os.pwrite(file, data, 0)
+            os.fsync(file)
+            times.append(clock())
+        finally:
+            os.close(file)
+        steps = ("open", "first write", "fsync", "second write")
+        timings = [Timing(step, end - begin) for step, begin, end in zip(steps, times, times[1:], strict=False)]
+        return [Timing("make the layer", layer.created), *timings]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return {"bytes copied up": layer.grown}
