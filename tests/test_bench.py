@@ -1,0 +1,220 @@
+"""``layerfs bench`` as a user runs it: on real stores, in a process of its own, interrupted, and without root."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layerfs import mounts, registry
+
+_COMMAND = [sys.executable, "-m", "layerfs.cli", "bench"]
+_STEPS = {
+    "copyup-first-write": {"make the layer", "open", "first write", "fsync", "second write"},
+    "diff-apply": {"apply", "diff"},
+    "layer-lifecycle": {"create", "mount", "unmount", "remove"},
+    "randread": {"read"},
+    "randwrite": {"write"},
+    "rewrite-upper": {"rewrite"},
+    "seqread-lower": {"read"},
+    "seqwrite-new": {"write"},
+}
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory on a disk, which must be empty at the end, with no mount and no loop device left."""
+    path = Path("/var/tmp") / f"layerfs-test-bench-{os.getpid()}"
+    path.mkdir()
+    yield path
+    left = [str(mount.target) for mount in mounts.table() if mount.target.is_relative_to(path)]
+    for target in reversed(left):
+        subprocess.run(["umount", "--lazy", target], check=False)
+    names = os.listdir(path)
+    loops = _loops(path)
+    shutil.rmtree(path, ignore_errors=True)
+    assert (left, names, loops) == ([], [], [])
+
+
+def _loops(scratch: Path) -> list[str]:
+    """Loop devices with a file below ``scratch``; the kernel frees one a moment after its last user went."""
+    for _ in range(50):
+        found = [
+            file.read_text().strip()
+            for file in Path("/sys/block").glob("loop*/loop/backing_file")
+            if str(scratch) in file.read_text()
+        ]
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def _usable(scratch: Path) -> list[str]:
+    return [name for name in registry.names() if registry.load(name).probe(scratch).usable]
+
+
+def _bench(scratch: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*_COMMAND, "--scratch", str(scratch), "--seed", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_all_usable_drivers_run_all_workloads(scratch: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    done = _bench(scratch, "--driver", "all", "--size", "4M", "--rounds", "2", "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    assert str(file) in done.stdout
+    run = json.loads(file.read_text())
+    drivers = _usable(scratch)
+    steps = {
+        (b["extra_info"]["target"], b["extra_info"]["workload"], b["extra_info"]["step"]) for b in run["benchmarks"]
+    }
+    assert steps == {(driver, work, step) for driver in drivers for work, names in _STEPS.items() for step in names}
+    for driver in drivers:
+        assert driver in done.stdout
+        assert run["layerfs"]["fingerprint"]["targets"][driver]["driver"] == driver
+    for benchmark in run["benchmarks"]:
+        assert len(benchmark["stats"]["data"]) == 2
+        assert all(seconds > 0 for seconds in benchmark["stats"]["data"]), benchmark["fullname"]
+    assert all(state["as_asked"] for b in run["benchmarks"] for state in b["extra_info"]["cache"])
+
+
+def test_copy_up_is_counted_in_whole_files_on_overlay2_and_in_blocks_on_btrfs(scratch: Path, tmp_path: Path) -> None:
+    wanted = [name for name in ("overlay2", "btrfs") if name in _usable(scratch)]
+    file = tmp_path / "run.json"
+    arguments = ("--size", "8M", "--rounds", "1", "--workload", "copyup-first-write", "--output", str(file))
+    done = _bench(scratch, "--driver", ",".join(wanted), *arguments)
+    assert done.returncode == 0, done.stderr
+    copied = {
+        b["extra_info"]["target"]: b["extra_info"]["counters"]["bytes copied up"][0]
+        for b in json.loads(file.read_text())["benchmarks"]
+    }
+    if "overlay2" in wanted:
+        assert 8 << 20 <= copied["overlay2"] < 9 << 20
+    if "btrfs" in wanted:
+        assert 8192 <= copied["btrfs"] < 1 << 20
+
+
+def test_json_is_the_run_file_and_nothing_else(scratch: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ("--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "layer-lifecycle", "--json")
+    done = _bench(scratch, *arguments, "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(file.read_text())
+
+
+def test_the_run_file_goes_to_results_where_there_is_one(scratch: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    arguments = ["--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "seqwrite-new"]
+    done = subprocess.run(
+        [*_COMMAND, "--scratch", str(scratch), *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name.endswith("-vfs-1M.json")
+
+
+def test_the_backing_can_be_chosen(scratch: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ("--size", "2M", "--rounds", "1", "--workload", "seqwrite-new", "--output", str(file))
+    done = _bench(scratch, "--driver", "overlay2", "--backing", "ext4", *arguments)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(file.read_text())["layerfs"]["fingerprint"]["targets"]["overlay2"]
+    assert facts["backing"]["filesystem"] == "ext4"
+    assert facts["backing"]["disk"].startswith("loop")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--driver", "nonesuch"], 2, "nonesuch"),
+        (["--driver", "vfs", "--size", "1K"], 2, "1M"),
+        (["--driver", "vfs", "--workload", "nonesuch"], 2, "seqwrite-new"),
+        (["--driver", "vfs", "--size", "900P"], 9, "free"),
+        (["--driver", "vfs", "--backing", "nonesuch", "--size", "1M"], 2, "nonesuch"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is_made(
+    scratch: Path, arguments: list[str], code: int, says: str
+) -> None:
+    done = _bench(scratch, *arguments)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_fio_its_package_is_named(scratch: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    arguments = ["--driver", "vfs", "--size", "1M", "--workload", "randread"]
+    done = subprocess.run(
+        [*_COMMAND, "--scratch", str(scratch), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 3
+    assert "package fio" in done.stderr
+
+
+@pytest.mark.parametrize("driver", ["overlay2", "btrfs"])
+def test_an_interrupt_at_any_moment_leaves_nothing_and_ends_with_130(scratch: Path, driver: str) -> None:
+    if driver not in _usable(scratch):
+        pytest.skip(f"{driver} does not work on this host")
+    source = random.Random()  # noqa: S311
+    for attempt in range(6):
+        delay, number = source.uniform(0.2, 4), source.choice([signal.SIGINT, signal.SIGTERM])
+        command = [*_COMMAND, "--scratch", str(scratch), "--driver", driver, "--size", "16M", "--rounds", "100"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(delay)
+            process.send_signal(number)
+            if attempt % 2:
+                time.sleep(0.05)
+                process.send_signal(signal.SIGINT)
+            errors = process.communicate(timeout=60)[1]
+        context = f"{number.name} after {delay:.3f} s: {errors}"
+        assert process.returncode == 130, context
+        assert "Traceback" not in errors, context
+        assert os.listdir(scratch) == [], context
+        assert not [mount for mount in mounts.table() if mount.target.is_relative_to(scratch)], context
+        assert _loops(scratch) == [], context
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(scratch: Path, tmp_path: Path) -> None:
+    command = [*_COMMAND, "--scratch", str(scratch), "--driver", "overlay2", "--size", "16M", "--rounds", "100"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        time.sleep(3)
+        process.kill()
+    assert os.listdir(scratch), "it was killed in the middle"
+    arguments = ("--size", "1M", "--rounds", "1", "--workload", "seqwrite-new", "--output", str(tmp_path / "run.json"))
+    done = _bench(scratch, "--driver", "overlay2", *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_runs_without_root(scratch: Path, tmp_path: Path) -> None:
+    """As another user where there is one to become; an ordinary user runs it as he is."""
+    prefix: list[str] = []
+    for place in (scratch, tmp_path):
+        place.chmod(0o777)
+    if os.geteuid() == 0:
+        prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        if subprocess.run([*prefix, *_COMMAND, "--list"], capture_output=True, check=False).returncode:
+            pytest.skip("another user cannot read this installation")
+    own, file = scratch / "own", tmp_path / "out"
+    for place in (own, file):
+        subprocess.run([*prefix, "mkdir", str(place)], check=True)
+    command = [*_COMMAND, "--scratch", str(own), "--driver", "overlay2", "--size", "4M", "--rounds", "1"]
+    done = subprocess.run(
+        [*prefix, *command, "--output", str(file / "run.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "posix_fadvise" in done.stderr, "what cold means here is said"
+    run = json.loads((file / "run.json").read_text())
+    assert {b["extra_info"]["workload"] for b in run["benchmarks"]} == set(_STEPS)
+    assert os.listdir(own) == []
+    own.rmdir()
