@@ -159,10 +159,11 @@ class Upper:
 
 @dataclass(frozen=True, slots=True)
 class BackingNeed:
-    """The file system that a driver's data must live on.
+    """What a driver's data must live on.
 
     Attributes:
-        filesystems: types that will do, best first, as in ``/proc/filesystems``; empty: any directory will do.
+        filesystems: types that will do, best first, as in ``/proc/filesystems`` (or a kind of backing that is no file
+            system); the first is what is made where none of them is there. Empty: any directory will do.
         why: one phrase for error texts.
     """
 
