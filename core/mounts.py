@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +50,8 @@ _NOT_FOR_THE_FILE_SYSTEM = frozenset(
 
 # What a kernel without the new calls answers (ENOSYS), and one whose overlayfs has no lowerdir+ (EINVAL).
 _TOO_OLD = frozenset({errno.ENOSYS, errno.EINVAL})
+
+_BLKROGET = 0x125E
 
 _new_api = True
 """False once the kernel has turned out not to know the calls that `_detached` uses."""
@@ -226,7 +231,7 @@ def _detached_new(mount: Mount) -> int:
         context = stack.enter_context(_fd(api.fsopen(mount.type)))
         if mount.source:
             api.fsconfig_string(context, "source", mount.source)
-        if mount.read_only:
+        if mount.read_only and not _is_writable(mount.source):
             api.fsconfig_flag(context, "ro")
         for key, value in _settings(mount):
             if value is None:
@@ -273,15 +278,23 @@ def _mount_classic(mount: Mount, target: str) -> None:
         recursive = api.MS_REC if "rbind" in mount.options else 0
         api.mount(mount.source, target, "", api.MS_BIND | recursive)
         if flags:
-            try:
-                api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
-            except OSError:
-                api.umount(target, api.MNT_DETACH)
-                raise
+            _remount(target, flags)
         return
+    late = flags & api.MS_RDONLY if _is_writable(mount.source) else 0
     with ExitStack() as stack:
         data = ",".join(_classic_options(mount, stack))
-        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, os.fsencode(data)))
+        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags & ~late, os.fsencode(data)))
+    if late:
+        _remount(target, flags)
+
+
+def _remount(target: str, flags: int) -> None:
+    """Change the flags of the mount at ``target``, not those of its file system."""
+    try:
+        api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
+    except OSError:
+        api.umount(target, api.MNT_DETACH)
+        raise
 
 
 def _classic_options(mount: Mount, stack: ExitStack) -> Iterator[str]:
@@ -333,6 +346,21 @@ def _mount_helper(mount: Mount, target: str) -> None:
     if result.returncode:
         words = result.stderr.decode(errors="replace").strip() or f"mount(8) ended with {result.returncode}"
         raise OSError(errno.ENODEV if "unknown filesystem" in words else errno.EIO, words)
+
+
+def _is_writable(source: str) -> bool:
+    """Whether ``source`` is a block device that can be written to.
+
+    Its file system is read-only or not for all mounts of it at once. So that one can be looked at while it is mounted
+    elsewhere, and mounted elsewhere while it is looked at, only the mount becomes read-only.
+    """
+    try:
+        if not stat.S_ISBLK(os.stat(source).st_mode):
+            return False
+        with _fd(os.open(source, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+            return not int.from_bytes(fcntl.ioctl(fd, _BLKROGET, bytes(4)), sys.byteorder)
+    except OSError:
+        return False
 
 
 def _known(filesystem: str) -> bool:
