@@ -32,6 +32,8 @@ from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_REC, mount, umount
 _POWER_OFF = 0x4321FEDC
 _OLD = Path("/mnt")  # where the tree without the disk over it is, while the new one is furnished
 _OWN = ("/var/tmp", "/var/lib/layerfs")  # noqa: S108 - plain directories of the scratch disk
+_GATHER = 0.01  # seconds between two passings on; a switch of threads costs much in User-Mode Linux
+_PIPE = 1 << 20
 _CANNOT_RUN, _NO_SUCH = 126, 127  # as shells say it
 
 
@@ -137,7 +139,7 @@ def _run(job: dict[str, Any]) -> None:
     ends = []
     for name in ("output", "errors"):
         wire = _wire(job["devices"][name])
-        ours, theirs = pty.openpty() if job["terminal"][name] else os.pipe()
+        ours, theirs = pty.openpty() if job["terminal"][name] else _wide_pipe()
         if job["terminal"][name]:
             columns, lines = job["window"]
             termios.tcsetwinsize(theirs, (lines, columns))
@@ -202,10 +204,17 @@ def _wire(device: str) -> int:
     return descriptor
 
 
+def _wide_pipe() -> tuple[int, int]:
+    ends = os.pipe()
+    fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, _PIPE)
+    return ends
+
+
 def _pump(source: int, wire: int) -> None:
     with contextlib.suppress(OSError):  # EIO: the last user of a terminal has gone
-        while data := os.read(source, 1 << 16):
+        while data := os.read(source, _PIPE):
             _write(wire, data)
+            time.sleep(_GATHER)
     if os.isatty(wire):
         termios.tcdrain(wire)
 
