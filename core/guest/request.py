@@ -1,0 +1,50 @@
+"""What somebody wants of a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from layerfs.errors import LayerfsError
+
+KINDS = ("uml", "qemu")
+
+_GIB = 1 << 30
+
+
+class TimedOut(LayerfsError):
+    """The guest took longer than it was given, and was ended; the exit code is that of timeout(1)."""
+
+    exit_code = 124
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command and the guest that it wants.
+
+    Attributes:
+        command: the program and its arguments, found through PATH as on the host.
+        kind: one of `KINDS`.
+        memory: bytes.
+        cpus: processors; User-Mode Linux has one.
+        scratch: bytes of the disk that keeps all that the guest writes and that does not go to the host.
+        disks: bytes of each further disk; the guest finds their devices in ``LAYERFS_GUEST_DISKS``, a space between.
+        timeout: seconds after which the guest is ended, booting included; None for no limit.
+        kernel: a kernel image other than the kind's own, with its modules where its package has them.
+        directory: where the command runs.
+        writable: directories of the host that the command may change; nothing else of the host can be.
+        environment: of the command.
+    """
+
+    command: tuple[str, ...]
+    kind: str = "uml"
+    memory: int = 2 * _GIB
+    cpus: int = 1
+    scratch: int = 16 * _GIB
+    disks: tuple[int, ...] = ()
+    timeout: float | None = None
+    kernel: Path | None = None
+    directory: Path = field(default_factory=Path.cwd)
+    writable: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
