@@ -69,10 +69,7 @@ class Activation:
                     raise
                 found = dm.info(name)
                 if found is not None and (time.monotonic() > until or "mounted" in users_of(name, found.number)):
-                    raise FailedPrecondition(
-                        f"the device of the volume {device.volume!r} is in use: {users_of(name, found.number)}; "
-                        "unmount it first"
-                    ) from error
+                    raise _in_use(device, users_of(name, found.number)) from error
                 time.sleep(_PAUSE)
             else:
                 return
@@ -84,9 +81,7 @@ class Activation:
         while (found := dm.info(name)) is not None and found.open_count:
             if time.monotonic() > until:
                 users = users_of(name, found.number)
-                raise FailedPrecondition(
-                    f"the device of the volume {device.volume!r} is in use: {users}; unmount it first"
-                )
+                raise _in_use(device, users)
             time.sleep(_PAUSE)
 
     def resize(self, device: Device, size: int) -> None:
@@ -115,3 +110,8 @@ class Activation:
                 except OSError as error:
                     if error.errno != errno.EBUSY:
                         raise
+
+
+def _in_use(device: Device, users: str) -> FailedPrecondition:
+    what = f"the volume {device.volume!r}" if device.volume else "the empty volume"
+    return FailedPrecondition(f"the device of {what} is in use: {users}; unmount it first")

@@ -40,12 +40,14 @@ _PROGRAMS = {"thin_check": "thin-provisioning-tools", "thin_delta": "thin-provis
 
 _SWEEP_EVERY = 60.0  # seconds
 
+_COARSE = 5  # CLOCK_REALTIME_COARSE of clock_gettime(2), which file systems take their times from
+
 
 class DevicemapperDriver(SnapshotDriver):
     """Thin devices of one pool.
 
-    Options: ``fs`` is the file system of the volumes, ``ext4`` or ``xfs``; ``size`` is what a volume without a limit has
-    room for (the pool hands out space only as it is written to). Both hold for a store's whole life.
+    Options: ``fs`` is the file system of the volumes, ``ext4`` or ``xfs``; ``size`` is what a volume without a limit
+    has room for (the pool hands out space only as it is written to). Both hold for a store's whole life.
     """
 
     name = "devicemapper"
@@ -131,8 +133,8 @@ class DevicemapperDriver(SnapshotDriver):
                 self._ledger.change(device, sealed_at=time.time_ns(), size_limit=None)
                 self._sweep()
         # What is changed in a child has a later change time than anything here, however coarse the clock is.
-        tick = time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE)
-        while time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE) == tick:
+        tick = time.clock_gettime_ns(_COARSE)
+        while time.clock_gettime_ns(_COARSE) == tick:
             time.sleep(0.0005)
 
     def remove(self, volume: str) -> None:
@@ -278,9 +280,8 @@ class DevicemapperDriver(SnapshotDriver):
             with self._session.opened(device) as fd:
                 left = self._filesystem.free(fd) + size - device.size_limit
         if left < 0:
-            raise OutOfSpace(
-                f"the volume {device.volume!r} holds more than {format_size(size)}; remove something from it"
-            )
+            text = f"the volume {device.volume!r} holds more than {format_size(size)}; remove something from it"
+            raise OutOfSpace(text)
         return left
 
     def _check_volume(self, volume: str, parents: Sequence[str]) -> Iterator[Problem]:
@@ -322,8 +323,8 @@ class DevicemapperDriver(SnapshotDriver):
     def _check_can_limit(self) -> None:
         if Capability.SIZE_LIMIT not in self.capabilities:
             raise EnvironmentUnfit(
-                f"the driver {self.name!r} cannot limit a layer's size here: the kernel's {self._filesystem.name} has no "
-                "project quota; use another fs, or leave the limit out"
+                f"the driver {self.name!r} cannot limit a layer's size here: the kernel's {self._filesystem.name} has "
+                "no project quota; use another fs, or leave the limit out"
             )
 
     def _remember(self, kind: str) -> None:
@@ -334,9 +335,8 @@ class DevicemapperDriver(SnapshotDriver):
                 if self._ledger.fact("filesystem") is None:
                     self._ledger.set_fact("filesystem", kind)
         if (found := self._ledger.fact("filesystem")) != kind:
-            raise InvalidArgument(
-                f"the volumes in {str(self.root)!r} have {found}, not {kind}; give the option fs={found}"
-            )
+            text = f"the volumes in {str(self.root)!r} have {found}, not {kind}; give the option fs={found}"
+            raise InvalidArgument(text)
 
     @contextmanager
     def _reported(self, step: str) -> Iterator[None]:

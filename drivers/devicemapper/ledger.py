@@ -103,7 +103,8 @@ class Ledger:
         """Note a device that is about to be made, under the lowest number that is free."""
         with self._connected() as database:
             number = database.execute(
-                "SELECT min(n) FROM (SELECT 1 AS n UNION SELECT id + 1 FROM device) WHERE n NOT IN (SELECT id FROM device)"
+                "SELECT min(n) FROM (SELECT 1 AS n UNION SELECT id + 1 FROM device) "
+                "WHERE n NOT IN (SELECT id FROM device)"
             ).fetchone()[0]
             if number > LAST_ID:
                 raise OutOfSpace(f"a thin pool has no more than {LAST_ID} devices; remove some layers")
@@ -159,7 +160,7 @@ class Ledger:
 
     @contextmanager
     def _connected(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """A connection in a transaction, which ends well with the context. Connections cannot be taken along by fork(2)."""
+        """A connection in a transaction, which ends well with the context; none outlives it, and so none a fork(2)."""
         try:
             database = sqlite3.connect(self._path, timeout=60, isolation_level=None)
             try:

@@ -37,9 +37,9 @@ class VolumeFileSystem(ABC):
     package: ClassVar[str]
     smallest: ClassVar[int]
     """Bytes of the smallest device."""
-    writable: ClassVar[tuple[str, ...]]
+    writable: tuple[str, ...]
     """Options for a mount of a volume that is not sealed."""
-    sealed: ClassVar[tuple[str, ...]]
+    sealed: tuple[str, ...]
     """Options for a mount of a sealed volume, whose device is read-only."""
     notes_faults: ClassVar[bool]
     """Whether it is on disk when a write failed after the process that made it was told that all is well."""
@@ -174,7 +174,7 @@ class Xfs(VolumeFileSystem):
     name = "xfs"
     package = "xfsprogs"
     smallest = 512 * _MIB
-    writable = ("discard", "nouuid", "prjquota")
+    writable: tuple[str, ...] = ("discard", "nouuid", "prjquota")
     sealed = ("nouuid", "norecovery")
     notes_faults = False
 
@@ -183,7 +183,7 @@ class Xfs(VolumeFileSystem):
 
     def __init__(self) -> None:
         if not self.can_limit():
-            self.writable = ("discard", "nouuid")
+            self.writable = tuple(option for option in self.writable if option != "prjquota")
 
     def make(self, device: Path) -> None:
         run(["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1", "-l", "size=16m", str(device)], self.package)
