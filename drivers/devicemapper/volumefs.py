@@ -186,7 +186,7 @@ class Xfs(VolumeFileSystem):
             self.writable = tuple(option for option in self.writable if option != "prjquota")
 
     def make(self, device: Path) -> None:
-        run(["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1", "-l", "size=16m", str(device)], self.package)
+        run(["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1", "-d", "noalign", str(device)], self.package)
 
     def settle(self, fd: int) -> None:
         if self.can_limit() and quota.project(fd) != self._PROJECT:
