@@ -26,7 +26,9 @@ Examples:
 @click.option("--scratch", default="16G", show_default=True, help="The most that can be written in the guest.")
 @click.option("--disk", "disks", multiple=True, metavar="SIZE", help="A further, empty disk; may be repeated.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds after which the guest is ended.")
-@click.option("--kernel", type=click.Path(path_type=Path), help="The kernel image to boot, with modules beside it.")
+@click.option(
+    "--kernel", metavar="IMAGE", help="The kernel image to boot, with its modules where its package has them."
+)
 @click.option(
     "--write",
     "writable",
@@ -43,7 +45,7 @@ def guest(
     scratch: str,
     disks: tuple[str, ...],
     timeout: float | None,
-    kernel: Path | None,
+    kernel: str | None,
     writable: tuple[Path, ...],
     command: tuple[str, ...],
 ) -> int:
@@ -73,5 +75,6 @@ def guest(
         kernel=kernel,
         directory=here,
         writable=writable,
+        progress=lambda what: click.echo(f"layerfs: {what} …", err=True),
     )
     return run(request)

@@ -56,13 +56,16 @@ def _furnish(job: dict[str, Any]) -> None:
     os.makedirs("/tmp/m/lib")  # noqa: S108
     if job["modules"]:
         os.symlink(job["modules"], "/tmp/m/lib/modules")  # noqa: S108
-        subprocess.run(["modprobe", "--dirname", "/tmp/m", "overlay"], env={"PATH": os.defpath + ":/sbin"}, check=False)
+        command = ["modprobe", "--dirname", "/tmp/m", "--all", "overlay", *job["drivers"]]  # noqa: S108
+        subprocess.run(command, env={"PATH": f"{os.defpath}:/usr/sbin:/sbin"}, check=False)
     os.makedirs("/tmp/scratch")  # noqa: S108
     os.makedirs("/tmp/root")  # noqa: S108
     mount(job["devices"]["scratch"], "/tmp/scratch", "ext4")  # noqa: S108
     for name in ("upper", "work", *(own.strip("/").replace("/", "-") for own in _OWN)):
         os.mkdir(f"/tmp/scratch/{name}")  # noqa: S108
-    mount("overlay", "/tmp/root", "overlay", 0, b"lowerdir=/,upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work")  # noqa: S108
+    lower = ":".join([*job["trees"], "/"])
+    options = f"lowerdir={lower},upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work"
+    mount("overlay", "/tmp/root", "overlay", 0, options.encode())  # noqa: S108
     os.chdir("/tmp/root")  # noqa: S108
     os.makedirs(f"/tmp/root{_OLD}", exist_ok=True)  # noqa: S108
     check(libc.pivot_root(b".", os.fsencode(str(_OLD)[1:])))
@@ -198,6 +201,9 @@ def _obey(control: int, child: int) -> None:
 
 def _wire(device: str) -> int:
     """Open the end of a wire. A serial line is made to carry bytes as they are."""
+    for name in Path("/sys/class/virtio-ports").glob("*/name"):
+        if name.read_text().strip() == device:
+            device = f"/dev/{name.parent.name}"
     descriptor = os.open(device, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     if os.isatty(descriptor):
         tty.setraw(descriptor)

@@ -20,14 +20,12 @@ class Wires:
 
     Attributes:
         output, errors: where the command's standard output and standard error go.
-        report: where the guest says how the command ended.
-        orders: where the guest reads the signals that the command shall get.
+        control: a socket: the guest says how the command ended, and is told of signals for it.
     """
 
     output: int
     errors: int
-    report: int
-    orders: int
+    control: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Devices:
     """How the guest names what it was given.
 
     Attributes:
-        output, errors, control: the other ends of the wires; control carries both report and orders.
+        output, errors, control: the other ends of the wires: device nodes, or names of virtio ports.
         scratch: the disk with the file system for what it writes.
         disks: the further disks.
     """
@@ -81,14 +79,27 @@ class Kind(ABC):
         return {}
 
     @property
-    def paths(self) -> Sequence[Path]:
-        """Further directories of the host that the guest reads from."""
+    def drivers(self) -> Sequence[str]:
+        """Kernel modules for the devices, which nobody loads where there is no udev."""
+        return ()
+
+    @property
+    def trees(self) -> Sequence[Path]:
+        """Directories that the guest sees over the host's root, the first on top: what its kernel needs of programs."""
         return ()
 
 
-def init_arguments() -> list[str]:
-    """The guest's init and its arguments: this interpreter with `layerfs.guest.inside`."""
-    return [sys.executable, "-P", "-m", "layerfs.guest.inside"]
+def boot_parameters() -> list[str]:
+    """The end of the kernel's command line: this interpreter with `layerfs.guest.inside` as init."""
+    path = os.environ.get("PYTHONPATH")
+    return [
+        *([f"PYTHONPATH={path}"] if path else []),
+        f"init={sys.executable}",
+        "--",
+        "-P",
+        "-m",
+        "layerfs.guest.inside",
+    ]
 
 
 def find_program(name: str, package: str) -> str:

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,11 @@ import layerfs
 from layerfs.errors import InvalidArgument, LayerfsError, refused
 from layerfs.guest import sandbox
 from layerfs.guest.kind import Kind, Wires, find_program
+from layerfs.guest.qemu import Qemu
 from layerfs.guest.request import Request, TimedOut
 from layerfs.guest.uml import Uml
 
-_KINDS: dict[str, type[Kind]] = {"uml": Uml}
+_KINDS: dict[str, type[Kind]] = {"uml": Uml, "qemu": Qemu}
 
 _GRACE = 10.0  # seconds that an interrupted command has for ending by itself
 _LAST_WORDS = 12  # lines of the console in a message
@@ -69,9 +71,10 @@ class _Running:
         self._blocked = False  # nobody reads what the command prints any more
         out_read, out_write = _pipe(stack)
         err_read, err_write = _pipe(stack)
-        report_read, report_write = _pipe(stack)
-        orders_read, self._orders = _pipe(stack)
-        wires = Wires(output=out_write, errors=err_write, report=report_write, orders=orders_read)
+        self._control, control = socket.socketpair()
+        stack.callback(self._control.close)
+        stack.callback(control.close)
+        wires = Wires(output=out_write, errors=err_write, control=control.fileno())
         job = _memory_file(_job(kind, output, errors), stack)
         writable = [Path(os.path.realpath(path)) for path in request.writable]
         line = sandbox.command(
@@ -80,7 +83,7 @@ class _Running:
             writable=writable,
             readable=_kept(kind),
         )
-        inherited = [out_write, err_write, report_write, orders_read, job, *disks]
+        inherited = [out_write, err_write, control.fileno(), job, *disks]
         self._process = subprocess.Popen(
             line,
             stdin=subprocess.DEVNULL,
@@ -91,13 +94,14 @@ class _Running:
             start_new_session=True,  # a terminal's Ctrl-C is for us alone
         )
         stack.callback(self._end)
-        for descriptor in (out_write, err_write, report_write, orders_read, job):
+        control.close()
+        for descriptor in (out_write, err_write, job):
             os.close(descriptor)
         assert self._process.stdout is not None
         self._readers = [
             threading.Thread(target=self._pass_on, args=(out_read, output), daemon=True),
             threading.Thread(target=self._pass_on, args=(err_read, errors), daemon=True),
-            threading.Thread(target=self._read_report, args=(report_read,), daemon=True),
+            threading.Thread(target=self._read_report, daemon=True),
             threading.Thread(target=self._read_console, args=(self._process.stdout,), daemon=True),
         ]
         for reader in self._readers:
@@ -127,7 +131,7 @@ class _Running:
     def _interrupt(self) -> None:
         """Let the command clean up after itself, as it would on the host."""
         with contextlib.suppress(OSError, KeyboardInterrupt, subprocess.TimeoutExpired):
-            os.write(self._orders, f"{int(signal.SIGINT)}\n".encode())
+            self._control.sendall(f"{int(signal.SIGINT)}\n".encode())
             self._process.wait(_GRACE)
 
     def _end(self) -> None:
@@ -147,9 +151,10 @@ class _Running:
                 self._process.kill()
                 return
 
-    def _read_report(self, source: int) -> None:
-        while data := os.read(source, 1 << 12):
-            self._report += data
+    def _read_report(self) -> None:
+        with contextlib.suppress(ConnectionResetError):  # it ended with orders unread
+            while data := self._control.recv(1 << 12):
+                self._report += data
 
     def _read_console(self, source: IO[bytes]) -> None:
         for line in source:
@@ -163,7 +168,7 @@ class _Running:
 def _job(kind: Kind, output: int, errors: int) -> bytes:
     """What `layerfs.guest.inside` reads."""
     request, devices = kind.request, kind.devices
-    environment = {name: value for name, value in (request.environment or os.environ).items()}
+    environment = dict(os.environ if request.environment is None else request.environment)
     for name in _NOT_PASSED:
         environment.pop(name, None)
     environment |= {
@@ -183,6 +188,8 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
         "writable": [os.path.realpath(path) for path in request.writable],
         "kept": [str(path) for path in _kept(kind)],
         "modules": str(kind.modules) if kind.modules else None,
+        "drivers": list(kind.drivers),
+        "trees": [str(tree) for tree in kind.trees],
         "devices": asdict(devices),
         "name": f"{request.kind}-guest",
     }
@@ -192,7 +199,7 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
 def _kept(kind: Kind) -> list[Path]:
     """The directories that must be readable in the guest at the host's own path, wherever they are."""
     given = [sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path)]
-    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory, *kind.paths)}
+    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory, *kind.trees)}
     return sorted(path for path in wanted if path.is_dir())
 
 

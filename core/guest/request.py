@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,10 +31,12 @@ class Request:
         scratch: bytes of the disk that keeps all that the guest writes and that does not go to the host.
         disks: bytes of each further disk; the guest finds their devices in ``LAYERFS_GUEST_DISKS``, a space between.
         timeout: seconds after which the guest is ended, booting included; None for no limit.
-        kernel: a kernel image other than the kind's own, with its modules where its package has them.
+        kernel: a kernel image other than the kind's own, with its modules where its package has them; for QEMU also
+            the release of one that the host has installed.
         directory: where the command runs.
         writable: directories of the host that the command may change; nothing else of the host can be.
-        environment: of the command.
+        environment: of the command; None for this process's own.
+        progress: is told what is being prepared, where that takes long.
     """
 
     command: tuple[str, ...]
@@ -44,7 +46,8 @@ class Request:
     scratch: int = 16 * _GIB
     disks: tuple[int, ...] = ()
     timeout: float | None = None
-    kernel: Path | None = None
+    kernel: str | None = None
     directory: Path = field(default_factory=Path.cwd)
     writable: tuple[Path, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] | None = None
+    progress: Callable[[str], None] = lambda _what: None

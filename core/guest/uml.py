@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerfs.errors import InvalidArgument
-from layerfs.guest.kind import Devices, Kind, Wires, find_program, init_arguments
+from layerfs.guest.kind import Devices, Kind, Wires, find_program, boot_parameters
 from layerfs.guest.request import Request
 from layerfs.guest.sandbox import PRIVATE
 
@@ -36,14 +36,15 @@ class Uml(Kind):
     @property
     def devices(self) -> Devices:
         names = [f"/dev/ubd{letter}" for letter in "abcdefghijklmnop"]
-        return Devices("/dev/ttyS0", "/dev/ttyS1", "/dev/ttyS2", names[0], tuple(names[1 : 1 + len(self.request.disks)]))
+        return Devices(
+            "/dev/ttyS0", "/dev/ttyS1", "/dev/ttyS2", names[0], tuple(names[1 : 1 + len(self.request.disks)])
+        )
 
     @property
     def environment(self) -> Mapping[str, str]:
         return {"TMPDIR": str(PRIVATE)}  # its memory is a file there
 
     def command(self, wires: Wires, disks: Sequence[int], private: Path) -> Sequence[str]:
-        init, *arguments = init_arguments()
         return [
             self._kernel,
             f"mem={self.request.memory >> 10}K",
@@ -54,11 +55,9 @@ class Uml(Kind):
             "ssl=null",
             f"ssl0=null,fd:{wires.output}",
             f"ssl1=null,fd:{wires.errors}",
-            f"ssl2=fd:{wires.orders},fd:{wires.report}",
+            f"ssl2=fd:{wires.control}",
             "rootfstype=hostfs",
             "rootflags=/",
             "rw",
-            f"init={init}",
-            "--",
-            *arguments,
+            *boot_parameters(),
         ]
