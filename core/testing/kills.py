@@ -5,24 +5,31 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 # What changes something outside the process, as sys.audit() tells it; openat(2) is left out, which is most of it.
 _CHANGES = "chmod chown link mkdir mkfifo remove removexattr rename rmdir setxattr symlink truncate utime"
-CHANGES = frozenset(f"os.{name}" for name in _CHANGES.split()) | {"fcntl.ioctl"}
-"""The audit events of system calls that change something."""
+_EVENTS = frozenset(f"os.{name}" for name in _CHANGES.split()) | {"fcntl.ioctl"}
 
 
-def killed(action: Callable[[], None], step: int, events: Iterable[str] = CHANGES) -> bool:
-    """Run ``action`` in a process that is killed just before its event number ``step``; False if it got to its end."""
+def changes(event: str, _args: tuple[Any, ...]) -> bool:
+    """Whether the audit event is a system call that may change something."""
+    return event in _EVENTS
+
+
+def killed(action: Callable[[], None], step: int, counts: Callable[[str, tuple[Any, ...]], bool] = changes) -> bool:
+    """Run ``action`` in a process that is killed just before its step of this number; False if it got to its end.
+
+    ``counts`` says of an audit event and its arguments whether it is a step.
+    """
     pid = os.fork()
     if pid == 0:
-        counted = frozenset(events)
         left = step
 
-        def count(event: str, _: object) -> None:
+        def count(event: str, args: tuple[Any, ...]) -> None:
             nonlocal left
-            if event in counted:
+            if counts(event, args):
                 left -= 1
                 if left < 0:
                     os.kill(os.getpid(), signal.SIGKILL)

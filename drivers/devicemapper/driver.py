@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -127,8 +128,10 @@ class DevicemapperDriver(SnapshotDriver):
         if device.is_sealed:
             return
         with self._reported(f"sealing the volume {volume!r}"):
-            self._settle(device)
+            self._write_out(device)
             with self._session.locked():
+                if device.size_limit is not None:
+                    self._session.limit(device, None)
                 self._activation.off(device)
                 self._ledger.change(device, sealed_at=time.time_ns(), size_limit=None)
                 self._sweep()
@@ -177,9 +180,8 @@ class DevicemapperDriver(SnapshotDriver):
             device = self._existing(volume)
             if device.is_sealed:
                 raise FailedPrecondition(f"the volume {volume!r} is sealed and cannot be given another size")
-            self._ledger.change(device, state=State.LIMITING)
             self._session.limit(device, self._left(device, size))
-            self._ledger.change(device, state=State.READY, size_limit=size)
+            self._ledger.change(device, size_limit=size)
 
     def check(self, volume: str, parents: Sequence[str]) -> Iterator[Problem]:
         """See `Driver.check`. The pool's metadata are checked once for each change of the pool."""
@@ -194,7 +196,10 @@ class DevicemapperDriver(SnapshotDriver):
             if device.is_sealed or not self._fault(device):
                 return
             self._activation.off(device)  # nobody may use it
-            self._filesystem.mend(self._activation.on(device))
+            path = self._activation.on(device)
+            with contextlib.suppress(LayerfsError), self._session.opened(device):
+                pass  # so that what the journal or log holds is in its place
+            self._filesystem.mend(path)
             with self._session.opened(device) as fd:
                 self._filesystem.settle(fd)
             self._ledger.change(device, times_full=self._session.times_full)
@@ -231,28 +236,27 @@ class DevicemapperDriver(SnapshotDriver):
             raise Damaged(f"the volume {volume!r} does not exist; run `layerfs check`")
         return device
 
-    def _settle(self, device: Device) -> None:
+    def _write_out(self, device: Device) -> None:
         """Have all of a volume on disk, with nothing left to be done for the file system, or say why not."""
         with self._session.locked():
             self._activation.check_unused(device)
             self._activation.on(device)
         try:
             with self._session.opened(device) as fd:
-                if device.size_limit is not None:
-                    self._filesystem.limit(fd, None)
-                self._filesystem.settle(fd)
                 self._filesystem.trim(fd)
                 checked(libc.syncfs(fd))
         except (OSError, LayerfsError) as error:
-            if self._session.is_full():
+            self._session.count_full()
+            if device.times_full != self._session.times_full:
                 raise OutOfSpace(
-                    f"sealing the volume {device.volume!r}: the thin pool {self._session.pool.name} is full "
-                    f"({error}); remove some layers, or make the backing larger"
+                    f"sealing the volume {device.volume!r}: writing it out failed ({error}), because the thin pool "
+                    f"{self._session.pool.name} is or was full; make room, then `layerfs check --repair` keeps what "
+                    "there is of it, or make it anew"
                 ) from error
             raise
         if fault := self._fault(device):
             raise Damaged(
-                f"sealing the volume {device.volume!r}: {fault}; make it anew, or accept what is there with "
+                f"sealing the volume {device.volume!r}: {fault}; make it anew, or keep what there is of it with "
                 "`layerfs check --repair`"
             )
 
@@ -262,7 +266,7 @@ class DevicemapperDriver(SnapshotDriver):
         full = device.times_full != self._session.times_full
         if fault:
             return fault + (", perhaps because the thin pool was full" if full else "")
-        if full and not self._filesystem.notes_faults:
+        if full and not device.notes_faults:
             return "the thin pool was full while it was writable, and what was written then may be missing"
         return ""
 

@@ -10,7 +10,6 @@ killed.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import os
 import sqlite3
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from layerfs.errors import Damaged, OutOfSpace
 from layerfs.thinpool import LAST_ID
@@ -35,12 +35,14 @@ _SCHEMA = (
     size_limit INTEGER,  -- bytes that may be added to the parent's tree
     sealed_at INTEGER,  -- in ns since 1970, by the system's clock
     times_full INTEGER NOT NULL,  -- how often the pool had been full when the device was made
+    notes_faults INTEGER NOT NULL,  -- whether the device itself can tell that a write to it failed
+    root_mtime INTEGER,  -- of the root directory, in ns, while the limit is being changed
     used INTEGER  -- bytes of its own, once it is sealed and they have been counted
 )""",
     "CREATE UNIQUE INDEX IF NOT EXISTS device_of_volume ON device (volume)",
     "CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
 )
-_COLUMNS = "id, volume, state, origin, size, size_limit, sealed_at, times_full, used"
+_COLUMNS = "id, volume, state, origin, size, size_limit, sealed_at, times_full, notes_faults, root_mtime, used"
 
 
 class State(enum.StrEnum):
@@ -66,6 +68,8 @@ class Device:
     size_limit: int | None
     sealed_at: int | None
     times_full: int
+    notes_faults: bool
+    root_mtime: int | None
     used: int | None
 
     @property
@@ -97,10 +101,8 @@ class Ledger:
         """The devices that something was being done to when its process ended, the oldest first."""
         return self._select("WHERE state != 'ready' ORDER BY id")
 
-    def begin(
-        self, volume: str, size: int, *, times_full: int, origin: int | None = None, size_limit: int | None = None
-    ) -> Device:
-        """Note a device that is about to be made, under the lowest number that is free."""
+    def begin(self, volume: str, size: int, **values: int | None) -> Device:
+        """Note a device that is about to be made, with further columns, under the lowest number that is free."""
         with self._connected() as database:
             number = database.execute(
                 "SELECT min(n) FROM (SELECT 1 AS n UNION SELECT id + 1 FROM device) "
@@ -108,11 +110,12 @@ class Ledger:
             ).fetchone()[0]
             if number > LAST_ID:
                 raise OutOfSpace(f"a thin pool has no more than {LAST_ID} devices; remove some layers")
-            device = Device(number, volume, State.CREATING, origin, size, size_limit, None, times_full, None)
-            values = dataclasses.astuple(device)
-            database.execute(f"INSERT INTO device ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)  # noqa: S608
+            columns = {"id": number, "volume": volume, "state": State.CREATING, "size": size, **values}
+            places = ", ".join("?" * len(columns))
+            command = f"INSERT INTO device ({', '.join(columns)}) VALUES ({places}) RETURNING {_COLUMNS}"  # noqa: S608
+            row = database.execute(command, tuple(columns.values())).fetchone()
             self._advance(database)
-            return device
+            return _device(row)
 
     def condemn(self, device: Device) -> None:
         """Note that a device is about to be deleted."""
@@ -156,7 +159,7 @@ class Ledger:
     def _select(self, where: str, *values: str) -> list[Device]:
         with self._connected(write=False) as database:
             rows = database.execute(f"SELECT {_COLUMNS} FROM device {where}", values).fetchall()  # noqa: S608
-        return [Device(row[0], row[1], State(row[2]), *row[3:]) for row in rows]
+        return [_device(row) for row in rows]
 
     @contextmanager
     def _connected(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
@@ -174,3 +177,8 @@ class Ledger:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise OutOfSpace(f"writing {str(self._path)!r}: {error}; free some space") from error
             raise Damaged(f"the database of devices {str(self._path)!r} cannot be used: {error}") from error
+
+
+def _device(row: tuple[Any, ...]) -> Device:
+    found = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    return Device(**found | {"state": State(found["state"]), "notes_faults": bool(found["notes_faults"])})

@@ -16,14 +16,13 @@ from layerfs.driver import Mount
 from layerfs.drivers.devicemapper.activation import Activation
 from layerfs.drivers.devicemapper.ledger import BLANK, Device, Ledger, State
 from layerfs.drivers.devicemapper.volumefs import VolumeFileSystem
-from layerfs.errors import Damaged, FailedPrecondition, LayerfsError, OutOfSpace
+from layerfs.errors import Damaged, LayerfsError, OutOfSpace
 from layerfs.kernel import dm
 from layerfs.kernel.ioctl import io
 from layerfs.sizes import format_size
 from layerfs.thinpool import Pool, Status
 
 _BLKDISCARD = io(0x12, 119)
-_DISCARDED_AT_ONCE = 1 << 30
 
 _MIB = 1 << 20
 
@@ -53,10 +52,12 @@ class PoolSession:
         fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            self._check_alive(self.check_same())
-            self._count_full()
+            status = self.check_same()
+            self._check_alive(status)
+            self.count_full()
             self.recover()
-            self._stepped()
+            if status.transaction != self.ledger.transaction:
+                self._stepped()
             yield
         finally:
             os.close(fd)
@@ -64,13 +65,23 @@ class PoolSession:
     # Steps, each with the lock held
 
     def snapshot(self, volume: str, origin: Device, *, size_limit: int | None = None) -> Device:
-        """Make a thin device with the contents of another one; it is in the state `State.CREATING` then."""
+        """Make a thin device with the contents of another one; it is in the state `State.CREATING` then, and active."""
         self.check_room()
-        parent, times_full = (origin.id, self.times_full) if origin.is_sealed else (origin.origin, origin.times_full)
-        device = self.ledger.begin(volume, origin.size, origin=parent, times_full=times_full, size_limit=size_limit)
-        with self.undone(device), self._still(origin):
-            self.pool.snapshot(device.id, origin.id)
-            self._stepped()
+        device = self.ledger.begin(
+            volume,
+            origin.size,
+            origin=origin.id if origin.is_sealed else origin.origin,
+            times_full=self.times_full if origin.is_sealed else origin.times_full,
+            notes_faults=self.filesystem.notes_faults,
+            size_limit=size_limit,
+        )
+        with self.undone(device):
+            with self._still(origin):
+                self.pool.snapshot(device.id, origin.id)
+                self._stepped()
+            self.filesystem.protect(self.activation.on(device))
+            if not origin.is_sealed:
+                self._protect_again(origin)
         return device
 
     def blank(self, size: int) -> Device:
@@ -78,7 +89,7 @@ class PoolSession:
         if (found := self.ledger.find(BLANK)) is not None:
             return found
         self.check_room()
-        device = self.ledger.begin(BLANK, size, times_full=self.times_full)
+        device = self.ledger.begin(BLANK, size, times_full=self.times_full, notes_faults=False)
         with self.undone(device):
             self.pool.create(device.id)
             self._stepped()
@@ -96,22 +107,47 @@ class PoolSession:
     def limit(self, device: Device, free: int | None) -> None:
         """Leave room for ``free`` bytes in a volume, in a device that is made larger if need be."""
         self.activation.on(device)
+        with self._root_kept(device) as fd:
+            before = None if device.size_limit is None else self.filesystem.free(fd)
+            try:
+                if free is not None:
+                    self.filesystem.limit(fd, None)
+                    self._make_room(device, fd, free)
+                self.filesystem.limit(fd, free)
+            except BaseException:
+                with contextlib.suppress(OSError, LayerfsError):
+                    self.filesystem.limit(fd, before)
+                raise
+
+    def _make_room(self, device: Device, fd: int, free: int) -> None:
+        missing = free - self.filesystem.free(fd)
+        if missing > 0:
+            # What the file system needs for itself grows with it.
+            size = (device.size + missing + missing // 16 + 4 * _MIB) // _MIB * _MIB
+            self.ledger.change(device, size=size)
+            self.activation.resize(device, size)
+            self.filesystem.grow(fd, size)
+
+    @contextmanager
+    def _root_kept(self, device: Device) -> Iterator[int]:
+        """The root directory of a volume, which has the same time again afterwards, whatever happens meanwhile."""
         with self.opened(device) as fd:
-            if free is not None:
-                self.filesystem.limit(fd, None)
-                missing = free - self.filesystem.free(fd)
-                if missing > 0:
-                    # What the file system needs for itself grows with it.
-                    size = (device.size + missing + missing // 16 + 4 * _MIB) // _MIB * _MIB
-                    self.ledger.change(device, size=size)
-                    self.activation.resize(device, size)
-                    self.filesystem.grow(fd, size)
-            self.filesystem.limit(fd, free)
+            info = os.fstat(fd)
+            is_new = device.state is State.CREATING
+            if not is_new:
+                self.ledger.change(device, state=State.LIMITING, root_mtime=info.st_mtime_ns)
+            try:
+                yield fd
+            finally:
+                os.utime(fd, ns=(info.st_atime_ns, info.st_mtime_ns))
+                os.fsync(fd)
+                if not is_new:
+                    self.ledger.change(device, state=State.READY, root_mtime=None)
 
     def delete(self, device: Device) -> None:
         """Delete a device with all that it holds. Raises `FailedPrecondition` where it is in use, and keeps it then."""
         self.activation.off(device)
-        if device.state is State.READY:
+        if device.state not in (State.CREATING, State.REMOVING):
             self.ledger.condemn(device)
         # Deleting alone gives the blocks back to the pool, but not to the file system below it.
         with contextlib.suppress(OSError):
@@ -130,9 +166,9 @@ class PoolSession:
             yield fd
 
     def recover(self) -> None:
-        """Finish or undo what a killed process was doing. A device that somebody uses is left for the next time."""
+        """Finish or undo what a killed process was doing; what cannot be done now is left for the next time."""
         for device in self.ledger.unfinished():
-            with contextlib.suppress(FailedPrecondition):
+            with contextlib.suppress(OSError, LayerfsError):
                 match device.state:
                     case State.CREATING | State.REMOVING:
                         self.delete(device)
@@ -140,12 +176,19 @@ class PoolSession:
                         self.activation.resume(device)
                         self.ledger.change(device, state=State.READY)
                     case State.LIMITING:
-                        self.activation.off(device)  # it may have to become larger
-                        self.activation.on(device)
-                        with self.opened(device) as fd:
-                            self.filesystem.grow(fd, device.size)
-                            self.filesystem.settle(fd)
-                        self.ledger.change(device, state=State.READY)
+                        self._settle(device)
+
+    def _settle(self, device: Device) -> None:
+        """Finish what `limit` was doing: the limit is the old or the new one, and nothing else has changed."""
+        self.activation.on(device)
+        self.activation.resize(device, device.size)
+        with self.opened(device) as fd:
+            self.filesystem.grow(fd, device.size)
+            self.filesystem.settle(fd)
+            assert device.root_mtime is not None
+            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, device.root_mtime))
+            os.fsync(fd)
+        self.ledger.change(device, state=State.READY, root_mtime=None)
 
     # Watching
 
@@ -195,7 +238,7 @@ class PoolSession:
                 "not be written; unmount its layers and open the store again, which checks it"
             )
 
-    def _count_full(self) -> None:
+    def count_full(self) -> None:
         """Note how often the pool has been full; its events are counted anew each time that it comes up."""
         found = dm.info(self.pool.name)
         assert found is not None
@@ -221,6 +264,14 @@ class PoolSession:
             self.activation.resume(origin)
             self.ledger.change(origin, state=State.READY)
 
+    def _protect_again(self, origin: Device) -> None:
+        """See `VolumeFileSystem.protect`; a snapshot of a device shares again what had been its own."""
+        found = dm.info(self.activation.name(origin))
+        if found is not None and found.open_count:  # it is not ours to write to
+            self.ledger.change(origin, notes_faults=False)
+        else:
+            self.filesystem.protect(self.activation.on(origin))
+
     @contextmanager
     def undone(self, device: Device) -> Iterator[None]:
         """Delete a device again where its making fails."""
@@ -235,7 +286,6 @@ class PoolSession:
 def _discard(path: Path, size: int) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for start in range(0, size, _DISCARDED_AT_ONCE):
-            fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", start, min(_DISCARDED_AT_ONCE, size - start)))
+        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", 0, size))
     finally:
         os.close(fd)

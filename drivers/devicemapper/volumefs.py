@@ -10,8 +10,6 @@ import fcntl
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -51,6 +49,12 @@ class VolumeFileSystem(ABC):
     @abstractmethod
     def settle(self, fd: int) -> None:
         """Make the root directory of a new file system empty; finish what `limit` was doing when it was killed."""
+
+    def protect(self, device: Path) -> None:  # noqa: B027
+        """Have the places be the device's own, not shared, that a failed write is noted at, so that this cannot fail.
+
+        The device is not mounted; what it holds does not change.
+        """
 
     @abstractmethod
     def can_limit(self) -> bool:
@@ -108,6 +112,9 @@ class Ext4(VolumeFileSystem):
     _RESERVE = b".layerfs-reserve-1d8f42a07c"
     _SUPERBLOCK = struct.Struct("<1024x58xH")  # as far as s_state
     _HAS_ERRORS = 2
+    _BLOCK = 4096
+    _JOURNAL = struct.Struct("<1024x268xHHHHIIHHI")  # as far as the first extent of s_jnl_blocks
+    _EXTENTS = 0xF30A
 
     def make(self, device: Path) -> None:
         layout = ["-m", "0", "-G", "512", "-J", "size=8", "-O", "^metadata_csum,uninit_bg", "-e", "remount-ro"]
@@ -116,18 +123,28 @@ class Ext4(VolumeFileSystem):
         run(["mkfs.ext4", "-q", "-F", "-b", "4096", *layout, *lazy, str(device)], self.package)
 
     def settle(self, fd: int) -> None:
-        with _times_kept(fd):
-            with contextlib.suppress(FileNotFoundError, OSError):
-                os.rmdir("lost+found", dir_fd=fd)
-            with contextlib.suppress(FileNotFoundError):
-                self._put_back(fd)
+        with contextlib.suppress(OSError):  # it is not there, or e2fsck put something into it
+            os.rmdir("lost+found", dir_fd=fd)
+        with contextlib.suppress(FileNotFoundError):
+            self._put_back(fd)
+
+    def protect(self, device: Path) -> None:
+        """See `VolumeFileSystem.protect`: the super block, and that of the journal."""
+        with open(device, "r+b", buffering=0) as file:
+            first = os.pread(file.fileno(), self._BLOCK, 0)
+            magic, _, _, depth, _, _, _, high, low = self._JOURNAL.unpack_from(first)
+            places = [0]
+            if magic == self._EXTENTS and not depth:
+                places.append((high << 32 | low) * self._BLOCK)
+            for place in places:
+                os.pwrite(file.fileno(), os.pread(file.fileno(), self._BLOCK, place), place)
+            os.fsync(file.fileno())
 
     def can_limit(self) -> bool:
         return True
 
     def limit(self, fd: int, free: int | None) -> None:
-        with _times_kept(fd):
-            self._put_back(fd, create=True, free=free)
+        self._put_back(fd, create=True, free=free)
 
     def grow(self, fd: int, size: int) -> None:
         fcntl.ioctl(fd, self._RESIZE, struct.pack("=Q", size // os.fstatvfs(fd).f_frsize))
@@ -138,7 +155,7 @@ class Ext4(VolumeFileSystem):
         return "the file system stopped at an error" if state & self._HAS_ERRORS else ""
 
     def mend(self, device: Path) -> None:
-        run(["e2fsck", "-f", "-p", str(device)], self.package)
+        run(["e2fsck", "-f", "-y", str(device)], self.package)
 
     def _put_back(self, fd: int, *, create: bool = False, free: int | None = None) -> None:
         """Take what is reserved out of inode 5, change it so that ``free`` bytes are left, and put it back."""
@@ -216,11 +233,3 @@ class Xfs(VolumeFileSystem):
 
 
 KINDS: dict[str, type[VolumeFileSystem]] = {"ext4": Ext4, "xfs": Xfs}
-
-
-@contextmanager
-def _times_kept(fd: int) -> Iterator[None]:
-    """Let the directory have the times afterwards that it has now."""
-    info = os.fstat(fd)
-    yield
-    os.utime(fd, ns=(info.st_atime_ns, info.st_mtime_ns))
