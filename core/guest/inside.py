@@ -53,10 +53,11 @@ def main() -> None:
 def _furnish(job: dict[str, Any]) -> None:
     """Make the new root, put the scratch disk over it, and mount what a running system has."""
     mount("tmpfs", "/tmp", "tmpfs")  # noqa: S108 - we are alone
+    mount("devtmpfs", "/dev", "devtmpfs")
     os.makedirs("/tmp/m/lib")  # noqa: S108
     if job["modules"]:
         os.symlink(job["modules"], "/tmp/m/lib/modules")  # noqa: S108
-        command = ["modprobe", "--dirname", "/tmp/m", "--all", "overlay", *job["drivers"]]  # noqa: S108
+        command = ["modprobe", "--dirname", "/tmp/m", "--all", "overlay", "ext4", *job["drivers"]]  # noqa: S108
         subprocess.run(command, env={"PATH": f"{os.defpath}:/usr/sbin:/sbin"}, check=False)
     os.makedirs("/tmp/scratch")  # noqa: S108
     os.makedirs("/tmp/root")  # noqa: S108
