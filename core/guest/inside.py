@@ -27,7 +27,7 @@ from typing import Any
 
 from layerfs.guest.sandbox import JOB
 from layerfs.kernel.libc import check, libc
-from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_REC, mount, umount
+from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_RDONLY, mount, umount
 
 _POWER_OFF = 0x4321FEDC
 _OLD = Path("/mnt")  # where the tree without the disk over it is, while the new one is furnished
@@ -64,8 +64,12 @@ def _furnish(job: dict[str, Any]) -> None:
     mount(job["devices"]["scratch"], "/tmp/scratch", "ext4")  # noqa: S108
     for name in ("upper", "work", *(own.strip("/").replace("/", "-") for own in _OWN)):
         os.mkdir(f"/tmp/scratch/{name}")  # noqa: S108
-    lower = ":".join([*job["trees"], "/"])
-    options = f"lowerdir={lower},upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work"
+    lowers = []
+    for number, root in enumerate(job["roots"]):
+        os.mkdir(place := f"/tmp/lower{number}")  # noqa: S108
+        mount(root["source"], place, root["type"], MS_RDONLY, ",".join(root["options"]).encode())
+        lowers.append(place)
+    options = f"lowerdir={':'.join(lowers) or '/'},upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work"
     mount("overlay", "/tmp/root", "overlay", 0, options.encode())  # noqa: S108
     os.chdir("/tmp/root")  # noqa: S108
     os.makedirs(f"/tmp/root{_OLD}", exist_ok=True)  # noqa: S108
