@@ -27,7 +27,7 @@ from typing import Any
 
 from layerfs.guest.sandbox import JOB
 from layerfs.kernel.libc import check, libc
-from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_REC, mount, umount
+from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_RDONLY, mount, umount
 
 _POWER_OFF = 0x4321FEDC
 _OLD = Path("/mnt")  # where the tree without the disk over it is, while the new one is furnished
@@ -53,18 +53,23 @@ def main() -> None:
 def _furnish(job: dict[str, Any]) -> None:
     """Make the new root, put the scratch disk over it, and mount what a running system has."""
     mount("tmpfs", "/tmp", "tmpfs")  # noqa: S108 - we are alone
+    mount("devtmpfs", "/dev", "devtmpfs")
     os.makedirs("/tmp/m/lib")  # noqa: S108
     if job["modules"]:
         os.symlink(job["modules"], "/tmp/m/lib/modules")  # noqa: S108
-        command = ["modprobe", "--dirname", "/tmp/m", "--all", "overlay", *job["drivers"]]  # noqa: S108
+        command = ["modprobe", "--dirname", "/tmp/m", "--all", "overlay", "ext4", *job["drivers"]]  # noqa: S108
         subprocess.run(command, env={"PATH": f"{os.defpath}:/usr/sbin:/sbin"}, check=False)
     os.makedirs("/tmp/scratch")  # noqa: S108
     os.makedirs("/tmp/root")  # noqa: S108
     mount(job["devices"]["scratch"], "/tmp/scratch", "ext4")  # noqa: S108
     for name in ("upper", "work", *(own.strip("/").replace("/", "-") for own in _OWN)):
         os.mkdir(f"/tmp/scratch/{name}")  # noqa: S108
-    lower = ":".join([*job["trees"], "/"])
-    options = f"lowerdir={lower},upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work"
+    lowers = []
+    for number, root in enumerate(job["roots"]):
+        os.mkdir(place := f"/tmp/lower{number}")  # noqa: S108
+        mount(root["source"], place, root["type"], MS_RDONLY, ",".join(root["options"]).encode())
+        lowers.append(place)
+    options = f"lowerdir={':'.join(lowers) or '/'},upperdir=/tmp/scratch/upper,workdir=/tmp/scratch/work"
     mount("overlay", "/tmp/root", "overlay", 0, options.encode())  # noqa: S108
     os.chdir("/tmp/root")  # noqa: S108
     os.makedirs(f"/tmp/root{_OLD}", exist_ok=True)  # noqa: S108

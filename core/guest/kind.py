@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerfs.driver import Mount
 from layerfs.errors import EnvironmentUnfit
 from layerfs.guest.request import Request
 
@@ -84,8 +85,8 @@ class Kind(ABC):
         return ()
 
     @property
-    def trees(self) -> Sequence[Path]:
-        """Directories that the guest sees over the host's root, the first on top: what its kernel needs of programs."""
+    def roots(self) -> Sequence[Mount]:
+        """What the guest's root shows, the first on top; none for the tree that its kernel starts with."""
         return ()
 
 

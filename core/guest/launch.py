@@ -189,7 +189,7 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
         "kept": [str(path) for path in _kept(kind)],
         "modules": str(kind.modules) if kind.modules else None,
         "drivers": list(kind.drivers),
-        "trees": [str(tree) for tree in kind.trees],
+        "roots": [asdict(root) for root in kind.roots],
         "devices": asdict(devices),
         "name": f"{request.kind}-guest",
     }
@@ -199,7 +199,7 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
 def _kept(kind: Kind) -> list[Path]:
     """The directories that must be readable in the guest at the host's own path, wherever they are."""
     given = [sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path)]
-    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory, *kind.trees)}
+    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory)}
     return sorted(path for path in wanted if path.is_dir())
 
 
