@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from layerfs import xattrs
 from layerfs.errors import FailedPrecondition
 from layerfs.kernel.clone import reflink
 from layerfs.kernel.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
@@ -60,6 +61,16 @@ def copy_tree(src_fd: int, dst_fd: int) -> None:
     Raises `OSError`; what was copied until then stays. Mounts inside the source are copied like directories.
     """
     _Copier().tree(src_fd, dst_fd)
+
+
+def copy_attributes(src_fd: int, dst_fd: int) -> None:
+    """Give a directory the owner, mode, times and those attributes of another that belong to a layer."""
+    info = os.fstat(src_fd)
+    os.fchown(dst_fd, info.st_uid, info.st_gid)
+    os.fchmod(dst_fd, stat.S_IMODE(info.st_mode))
+    for key, value in xattrs.read(src_fd).items():
+        os.setxattr(dst_fd, key, value)
+    os.utime(dst_fd, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def remove_tree(dir_fd: int, name: str | bytes) -> None:
