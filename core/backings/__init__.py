@@ -15,6 +15,7 @@ KINDS = {
     "btrfs": "layerfs.backings.filesystem:FileSystem",
     "ext4": "layerfs.backings.filesystem:FileSystem",
     "xfs": "layerfs.backings.filesystem:FileSystem",
+    "zfs": "layerfs.backings.zpool:Zpool",
 }
 """Where the class is; a module is imported only when a backing of its kind is used."""
 
