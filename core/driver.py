@@ -203,6 +203,11 @@ class Driver(ABC):
     def capabilities(self) -> Capability:
         """What works on this very backing; the conformance suite holds the driver to it."""
 
+    @property
+    def time_granularity(self) -> int:
+        """The nanoseconds that the backend rounds times of files down to; 1 where it keeps them as they are."""
+        return 1
+
     @abstractmethod
     def create(self, volume: str, parents: Sequence[str], *, size: int | None = None) -> None:
         """Make a writable volume: a child of ``parents[0]``, or an empty tree (root directory 0755, owned by the

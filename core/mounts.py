@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +48,6 @@ _NOT_FOR_THE_FILE_SYSTEM = frozenset(
 
 # What a kernel without the new calls answers (ENOSYS), and one whose overlayfs has no lowerdir+ (EINVAL).
 _TOO_OLD = frozenset({errno.ENOSYS, errno.EINVAL})
-
-_BLKROGET = 0x125E
 
 _new_api = True
 """False once the kernel has turned out not to know the calls that `_detached` uses."""
@@ -227,11 +223,38 @@ def _detached_bind(mount: Mount) -> int:
 
 
 def _detached_new(mount: Mount) -> int:
+    if not (mount.read_only and _has_one_superblock(mount)):
+        return _detached_superblock(mount, read_only=mount.read_only)
+    try:
+        return _detached_superblock(mount, read_only=False)
+    except OSError as error:
+        if error.errno not in _ONLY_READ_ONLY:
+            raise
+    return _detached_superblock(mount, read_only=True)
+
+
+def _has_one_superblock(mount: Mount) -> bool:
+    """Whether all mounts of the source share one superblock: with a block device, and with zfs.
+
+    The kernel refuses (EBUSY) to show it read-only where it is mounted writable, and the other way round. What is only
+    looked at is therefore read-only as a mount, and as a whole only if it must be.
+    """
+    try:
+        return mount.type == "zfs" or stat.S_ISBLK(os.stat(mount.source).st_mode)
+    except OSError:
+        return False
+
+
+_ONLY_READ_ONLY = frozenset({errno.EBUSY, errno.EACCES, errno.EROFS})
+"""What the kernel says to a writable mount of what can only be mounted read-only."""
+
+
+def _detached_superblock(mount: Mount, *, read_only: bool) -> int:
     with ExitStack() as stack:
         context = stack.enter_context(_fd(api.fsopen(mount.type)))
         if mount.source:
             api.fsconfig_string(context, "source", mount.source)
-        if mount.read_only and not _is_writable(mount.source):
+        if read_only:
             api.fsconfig_flag(context, "ro")
         for key, value in _settings(mount):
             if value is None:
@@ -280,10 +303,15 @@ def _mount_classic(mount: Mount, target: str) -> None:
         if flags:
             _remount(target, flags)
         return
-    late = flags & api.MS_RDONLY if _is_writable(mount.source) else 0
+    late = flags & api.MS_RDONLY if _has_one_superblock(mount) else 0
     with ExitStack() as stack:
-        data = ",".join(_classic_options(mount, stack))
-        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags & ~late, os.fsencode(data)))
+        data = os.fsencode(",".join(_classic_options(mount, stack)))
+        try:
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags & ~late, data))
+        except OSError as error:
+            if not late or error.errno not in _ONLY_READ_ONLY:
+                raise
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, data))
     if late:
         _remount(target, flags)
 
@@ -336,7 +364,7 @@ def _in_fd_directory(call: Callable[[], None]) -> None:
 
 
 def _mount_helper(mount: Mount, target: str) -> None:
-    """mount(8), for types that a program mounts (``fuse3.NAME``, ``zfs``)."""
+    """mount(8), for types that a program mounts (``fuse3.NAME``)."""
     program = shutil.which("mount")
     if program is None:
         raise EnvironmentUnfit(f"mounting type {mount.type!r} needs mount(8); install the package mount")
@@ -348,24 +376,9 @@ def _mount_helper(mount: Mount, target: str) -> None:
         raise OSError(errno.ENODEV if "unknown filesystem" in words else errno.EIO, words)
 
 
-def _is_writable(source: str) -> bool:
-    """Whether ``source`` is a block device that can be written to.
-
-    Its file system is read-only or not for all mounts of it at once. So that one can be looked at while it is mounted
-    elsewhere, and mounted elsewhere while it is looked at, only the mount becomes read-only.
-    """
-    try:
-        if not stat.S_ISBLK(os.stat(source).st_mode):
-            return False
-        with _fd(os.open(source, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            return not int.from_bytes(fcntl.ioctl(fd, _BLKROGET, bytes(4)), sys.byteorder)
-    except OSError:
-        return False
-
-
 def _known(filesystem: str) -> bool:
     """Whether the kernel itself mounts this type, without a helper program."""
-    return "." not in filesystem and filesystem not in ("fuse", "zfs")
+    return "." not in filesystem and filesystem != "fuse"
 
 
 def _lacks_new_api() -> bool:
