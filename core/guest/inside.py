@@ -52,8 +52,12 @@ def main() -> None:
 
 def _furnish(job: dict[str, Any]) -> None:
     """Make the new root, put the scratch disk over it, and mount what a running system has."""
+    # Opened before anything covers them.
+    shown = sorted(job["writable"] + [p for p in job["kept"] if _is_covered(p)])
+    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in shown}
     mount("tmpfs", "/tmp", "tmpfs")  # noqa: S108 - we are alone
-    mount("devtmpfs", "/dev", "devtmpfs")
+    with contextlib.suppress(OSError):  # the kernel may have mounted it by itself
+        mount("devtmpfs", "/dev", "devtmpfs")
     os.makedirs("/tmp/m/lib")  # noqa: S108
     if job["modules"]:
         os.symlink(job["modules"], "/tmp/m/lib/modules")  # noqa: S108
@@ -80,9 +84,10 @@ def _furnish(job: dict[str, Any]) -> None:
         os.makedirs(own, exist_ok=True)
         mount(f"{_OLD}/tmp/scratch/{own.strip('/').replace('/', '-')}", own, "", MS_BIND)
         os.chmod(own, 0o1777 if own.endswith("tmp") else 0o700)
-    for path in sorted(job["writable"] + [p for p in job["kept"] if _is_covered(p)]):
+    for path, source in sources.items():
         os.makedirs(path, exist_ok=True)
-        mount(f"{_OLD}{path}", path, "", MS_BIND)
+        mount(f"/proc/self/fd/{source}", path, "", MS_BIND)
+        os.close(source)
     umount(str(_OLD), MNT_DETACH)
 
 
