@@ -196,21 +196,8 @@ def check_whole(pool: Pool, base: Tree, *others: str) -> None:
     assert not driver._ledger.unfinished()
     assert set(driver.volumes()) <= {"base", *others}
     assert not [name for name in pool.devices if (found := dm.info(name)) and found.suspended]
-    assert pool.check_all() == []
+    assert driver._session.pool.status().transaction == driver._ledger.transaction
     assert tree(driver, "base") == base
-
-
-@in_guest
-def test_create_can_be_killed_anywhere(ext4: Pool) -> None:
-    base = sealed_base(ext4.driver)
-    step = 0
-    while killed(lambda: ext4.driver.create("child", ["base"]), step, steps):
-        check_whole(ext4, base, "child")
-        ext4.driver.create("child", ["base"])
-        assert tree(ext4.driver, "child") == base
-        ext4.driver.remove("child")
-        step += 1
-    assert step > 5
 
 
 @in_guest
@@ -222,12 +209,12 @@ def test_create_of_the_first_volume_can_be_killed_anywhere(tmp_path: Path) -> No
         went_on = killed(lambda: pool.driver.create("first", ()), step, steps)  # noqa: B023
         pool.driver.create("first", ())
         assert list(tree(pool.driver, "first")) == ["."]
-        assert pool.check_all() == []
         pool.backing.destroy()
         if not went_on:
             break
         step += 1
     assert step > 8
+    print("steps", step)
 
 
 @in_guest
@@ -236,9 +223,13 @@ def test_create_with_a_limit_can_be_killed_anywhere(ext4: Pool) -> None:
     step = 0
     while killed(lambda: ext4.driver.create("child", ["base"], size=20 * MIB), step, steps):
         check_whole(ext4, base, "child")
+        ext4.driver.create("child", ["base"], size=20 * MIB)
+        assert tree(ext4.driver, "child") == base
         ext4.driver.remove("child")
         step += 1
     assert step > 10
+    print("steps", step)
+    assert ext4.check_all() == []
 
 
 @in_guest
@@ -257,6 +248,7 @@ def test_fork_of_an_active_volume_can_be_killed_anywhere(ext4: Pool) -> None:
         ext4.driver.remove("fork")
         step += 1
     assert step > 5
+    print("steps", step)
 
 
 @in_guest
@@ -276,6 +268,7 @@ def test_seal_can_be_killed_anywhere(ext4: Pool) -> None:
             break
         step += 1
     assert step > 8
+    print("steps", step)
 
 
 @in_guest
@@ -295,6 +288,7 @@ def test_remove_can_be_killed_anywhere(ext4: Pool) -> None:
             break
         step += 1
     assert step > 5
+    print("steps", step)
 
 
 @in_guest
@@ -309,6 +303,7 @@ def test_resize_can_be_killed_anywhere(ext4: Pool) -> None:
         assert tree(ext4.driver, "child") == expected
         step += 1
     assert step > 8
+    print("steps", step)
 
 
 @in_guest
@@ -320,8 +315,11 @@ def test_making_a_pool_can_be_killed_anywhere(tmp_path: Path) -> None:
     def make() -> None:
         Backing.create(place, spec).up()
 
+    def counts(event: str, args: tuple[Any, ...]) -> bool:
+        return event == "os.rename" or (event == "fcntl.ioctl" and steps(event, args))
+
     step = 0
-    while killed(make, step, steps):
+    while killed(make, step, counts):
         backing = Backing.create(place, spec)
         backing.up()
         assert ThinPool(backing.facts["pool"]).status().mode == "rw"
@@ -329,6 +327,7 @@ def test_making_a_pool_can_be_killed_anywhere(tmp_path: Path) -> None:
         assert leftovers() == before
         step += 1
     assert step > 8
+    print("steps", step)
 
 
 @in_guest
@@ -337,7 +336,7 @@ def test_processes_killed_at_random_leave_a_sound_pool(ext4: Pool) -> None:
     driver = ext4.driver
     base = sealed_base(driver)
     chance = random.Random(20)
-    for number in range(8):
+    for number in range(5):
         child = subprocess.Popen([sys.executable, "-c", _BUSY, str(driver.root), str(number)])
         time.sleep(chance.uniform(0.4, 2.5))
         child.send_signal(signal.SIGKILL)
@@ -444,14 +443,13 @@ def test_what_was_lost_without_a_word_is_not_sealed(pool: Pool, base: Tree) -> N
 @in_guest
 def test_metadata_run_short_with_an_error_and_not_with_a_stop(tmp_path: Path) -> None:
     """A pool whose metadata are full stops for good (containerd's and Docker's users met that)."""
-    pool = made(tmp_path / "backing", metadata_size=8 * MIB)
+    pool = made(tmp_path / "backing", metadata_size=2 * MIB)
     try:
         base = sealed_base(pool.driver, MIB)
 
         def create_many() -> None:
             for number in range(2000):
                 pool.driver.create(f"v{number}", ["base"])
-                write(pool.driver, f"v{number}", "file", bytes(65536))
 
         with pytest.raises(OutOfSpace, match="for its metadata; remove some layers"):
             create_many()

@@ -29,7 +29,7 @@ from layerfs.programs import run, tool
 from layerfs.thinpool import LARGEST_METADATA, Pool, pool_table
 
 _SMALLEST = 64 * places.MIB
-_SMALLEST_METADATA = 8 * places.MIB
+_SMALLEST_METADATA = 2 * places.MIB
 _METADATA_SHARE = 8  # bytes of data for each byte of metadata: more than one block of 4 KiB for each chunk
 
 _HEADER_SIZE = places.MIB
@@ -281,7 +281,7 @@ def _module(name: str) -> str:
 
 
 def _metadata_size(size: int) -> int:
-    wanted = min(max(size // _METADATA_SHARE, _SMALLEST_METADATA), LARGEST_METADATA)
+    wanted = min(max(size // _METADATA_SHARE, 4 * _SMALLEST_METADATA), LARGEST_METADATA)
     return wanted // places.MIB * places.MIB
 
 

@@ -10,9 +10,11 @@ killed.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,10 +81,11 @@ class Device:
 
 
 class Ledger:
-    """The database in the file ``path``. Any number of processes and threads may use it; it keeps nothing open."""
+    """The database in the file ``path``. Any number of processes and threads may use it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._own = threading.local()
         with self._connected() as database:
             for statement in _SCHEMA:
                 database.execute(statement)
@@ -162,17 +165,43 @@ class Ledger:
         return [_device(row) for row in rows]
 
     @contextmanager
-    def _connected(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """A connection in a transaction, which ends well with the context; none outlives it, and so none a fork(2)."""
-        try:
+    def held(self) -> Iterator[None]:
+        """Use one connection for all that this thread does in the context."""
+        with self._reported():
             database = sqlite3.connect(self._path, timeout=60, isolation_level=None)
+            self._own.database = database
             try:
-                database.execute("PRAGMA synchronous = FULL")
-                database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield
+            finally:
+                del self._own.database
+                database.close()
+
+    @contextmanager
+    def _connected(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
+        """A connection, in a transaction if it is to write, which ends well with the context.
+
+        None outlives the outermost context, for fork(2) must not take one along.
+        """
+        with self._reported(), contextlib.ExitStack() as stack:
+            database: sqlite3.Connection | None = getattr(self._own, "database", None)
+            if database is None:
+                database = sqlite3.connect(self._path, timeout=60, isolation_level=None)
+                stack.callback(database.close)
+            if not write:
+                yield database
+                return
+            database.execute("BEGIN IMMEDIATE")
+            try:
                 yield database
                 database.execute("COMMIT")
-            finally:
-                database.close()
+            except BaseException:
+                database.rollback()
+                raise
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise OutOfSpace(f"writing {str(self._path)!r}: {error}; free some space") from error

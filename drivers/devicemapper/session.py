@@ -52,13 +52,14 @@ class PoolSession:
         fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            status = self.check_same()
-            self._check_alive(status)
-            self.count_full()
-            self.recover()
-            if status.transaction != self.ledger.transaction:
-                self._stepped()
-            yield
+            with self.ledger.held():
+                status = self.check_same()
+                self._check_alive(status)
+                self.count_full()
+                self.recover()
+                if status.transaction != self.ledger.transaction:
+                    self._stepped()
+                yield
         finally:
             os.close(fd)
 
