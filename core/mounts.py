@@ -106,8 +106,8 @@ def unmount(target: Path, *, lazy: bool = False) -> None:
     """
     try:
         if not lazy:
-            for below in _below(target):
-                _umount(below, 0)
+            for inner in below(target):
+                _umount(inner, 0)
         _umount(target, api.MNT_DETACH if lazy else 0)
     except OSError as error:
         if error.errno == errno.EBUSY:
@@ -129,6 +129,12 @@ def opened(mounts: Sequence[Mount]) -> Iterator[int]:
         with _reported(first):
             fd = _opened_alone(first, stack) if len(mounts) == 1 else _opened_hidden(mounts, stack)
         yield stack.enter_context(_fd(fd))
+
+
+def below(target: Path) -> list[Path]:
+    """The mount points below ``target``, those to be taken down first in front."""
+    top = _resolved(target)
+    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
 
 
 def holders(target: Path) -> list[str]:
@@ -446,12 +452,6 @@ def _parsed(line: bytes) -> MountPoint:
 def _octal(raw: bytes) -> str:
     """Undo the kernel's escapes: a backslash and three octal digits."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), raw))
-
-
-def _below(target: Path) -> list[Path]:
-    """The mount points below ``target``, those to be taken down first in front."""
-    top = _resolved(target)
-    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
 
 
 def _resolved(target: Path) -> Path:
