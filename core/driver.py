@@ -271,4 +271,3 @@ class Driver(ABC):
 
     def close(self) -> None:
         """Give back what this object holds (descriptors); volumes and the backing stay. Idempotent."""
-

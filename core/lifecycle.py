@@ -31,7 +31,9 @@ class Lifecycle:
         if size is not None and size <= 0:
             raise InvalidArgument(f"a size limit of {size} bytes is no limit; give more, or leave it out")
         if size is not None and not self._session.driver.capabilities & Capability.SIZE_LIMIT:
-            raise EnvironmentUnfit(f"the driver {self._session.driver.name!r} cannot limit a layer's size on this backing")
+            raise EnvironmentUnfit(
+                f"the driver {self._session.driver.name!r} cannot limit a layer's size on this backing"
+            )
         has_volume = kind is Kind.ACTIVE or not parent
         with self._database.transaction():
             self._check_free(key)
