@@ -62,6 +62,7 @@ class Applied:
         implied: paths of directories that the layer has no entry for and that were made. In a union's upper
             directory they are to get what the parent's directory of that path has; where the parent has a path that
             is no directory, the layer has to be applied to the merged tree.
+        root: whether the archive has an entry for the root directory.
         skipped: (path, reason) of what this user namespace or file system does not allow: device nodes, attributes.
     """
 
@@ -69,6 +70,7 @@ class Applied:
     size: int
     entries: int
     implied: frozenset[bytes]
+    root: bool
     skipped: tuple[tuple[bytes, str], ...]
 
 
@@ -118,7 +120,10 @@ def apply(
         digest = blocks.hexdigest()
         if writer is not None:
             writer.finish(digest, reader.size)
-        return Applied(f"sha256:{digest}", reader.size, entries, frozenset(implied), tuple(applier.tree.skipped))
+        tree = applier.tree
+        return Applied(
+            f"sha256:{digest}", reader.size, entries, frozenset(implied), tree.root.entry, tuple(tree.skipped)
+        )
 
 
 class _Applier:

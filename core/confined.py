@@ -8,6 +8,7 @@ made them. A limited number of descriptors is kept open for the entries that fol
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import os
 import stat
@@ -33,6 +34,19 @@ class NeedsParents(LayerfsError):
 
 class Refused(Exception):
     """Why the entry at hand is refused; the text goes on after the entry's name."""
+
+
+class NotADirectory(Refused):
+    """What stands on the way to an entry is no directory and no link to one."""
+
+
+class Through(enum.IntEnum):
+    """What kind of symbolic links the way to a directory leads through."""
+
+    NOTHING = 0
+    OWN = 1
+    """Only links that the layer itself has brought."""
+    LOWER = 2
 
 
 class Directory:
@@ -156,8 +170,8 @@ class ConfinedTree:
         self._open.append(directory)
         return fd
 
-    def find(self, path: bytes, *, create: bool = True) -> tuple[Directory, bool]:
-        """The directory ``path`` as an entry names it, and whether a link led to it.
+    def find(self, path: bytes, *, create: bool = True) -> tuple[Directory, Through]:
+        """The directory ``path`` as an entry names it, and what links led to it.
 
         Where it is not there it is made, or, without ``create``, is `FileNotFoundError`. A link of the layer itself
         may not leave the layer. One that was there before is followed as inside a container: absolute and climbing
@@ -165,10 +179,11 @@ class ConfinedTree:
         """
         found = self.by_path.get(path)
         if found is not None:
-            return found, False
+            return found, Through.NOTHING
         steps = [(name, False) for name in reversed(components(path))]
         directory = self.root
         links = 0
+        through = Through.NOTHING
         while steps:
             name, own = steps.pop()
             if name == b"..":
@@ -193,6 +208,7 @@ class ConfinedTree:
             if links > _MAX_LINKS:
                 raise Refused(f"leads through too many links in {quoted(path)}")
             own = directory.has(name)
+            through = max(through, Through.OWN if own else Through.LOWER)
             target = os.readlink(name, dir_fd=self.fd(directory))
             if target.startswith(b"/"):
                 if own:
@@ -204,7 +220,7 @@ class ConfinedTree:
                 raise NeedsParents(f"the path {quoted(path)} leads through a link")
         elif create:
             self.by_path[path.rstrip(b"/")] = directory
-        return directory, links > 0
+        return directory, through
 
     def _enter(self, parent: Directory, name: bytes, *, create: bool) -> Directory | None:
         """The directory ``name`` in ``parent``, perhaps made; None where it is a symbolic link."""
@@ -224,7 +240,7 @@ class ConfinedTree:
                 raise
             if stat.S_ISLNK(os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode):
                 return None
-            raise Refused(f"is below {quoted(parent.path(name))}, which is no directory") from None
+            raise NotADirectory(f"is below {quoted(parent.path(name))}, which is no directory") from None
         directory = parent.children[name] = Directory(parent, name, fd, fresh)
         self._open.append(directory)
         if fresh:

@@ -58,6 +58,7 @@ CREATE TABLE layers (
     diff_size INTEGER NOT NULL DEFAULT 0,
     diff_entries INTEGER NOT NULL DEFAULT 0,
     record TEXT NOT NULL DEFAULT '',
+    shape TEXT NOT NULL DEFAULT '',                     -- of an archive: see Filling.shape
     size_limit INTEGER,
     size INTEGER,                                       -- usage, once known for good
     inodes INTEGER,
@@ -130,6 +131,7 @@ class Row:
     owner: int | None
     diff: Written
     record: RecordKind
+    shape: str
     usage: Usage | None
     new_key: str | None
     new_labels: str | None
@@ -268,6 +270,11 @@ class Database:
         )
         return [row["volume"] for row in rows]
 
+    def unpacked(self) -> list[str]:
+        """The keys of all layers that came with an image, the newest first."""
+        query = "SELECT key FROM layers WHERE chain_id = key AND record = ? AND state = ? ORDER BY number DESC"
+        return [row["key"] for row in self._all(query, RecordKind.ARCHIVE, State.READY)]
+
     def insert(
         self,
         key: str,
@@ -313,9 +320,10 @@ class Database:
         )
         self._spread_chain_ids(number)
 
-    def set_diff(self, number: int, diff: Written, record: RecordKind) -> None:
+    def set_diff(self, number: int, diff: Written, record: RecordKind, shape: str = "") -> None:
         """Note what a layer's diff is; of a committed one, the chain IDs that can be told by it follow."""
-        self.change(number, diff_id=diff.diff_id, diff_size=diff.size, diff_entries=diff.entries, record=record)
+        sizes = {"diff_size": diff.size, "diff_entries": diff.entries}
+        self.change(number, diff_id=diff.diff_id, **sizes, record=record, shape=shape)
         self._spread_chain_ids(number)
 
     def _spread_chain_ids(self, number: int) -> None:
@@ -519,6 +527,7 @@ def _row(row: sqlite3.Row) -> Row:
         owner=row["owner"],
         diff=Written(row["diff_id"], row["diff_size"], row["diff_entries"]),
         record=RecordKind(row["record"]),
+        shape=row["shape"],
         usage=None if row["size"] is None else Usage(row["size"], row["inodes"]),
         new_key=row["new_key"],
         new_labels=row["new_labels"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from layerfs.confined import ConfinedTree, Directory, Refused, exists
+from layerfs.confined import ConfinedTree, Directory, NotADirectory, Refused, Through, exists
 from layerfs.driver import Whiteouts
 
 PREFIX: Final = b".wh."
@@ -46,8 +46,13 @@ class Deletions:
         if hidden in (b"", b".", b".."):
             raise Refused("is a whiteout of nothing")
         parent, slash, _ = name.rpartition(b"/")
-        directory, through_link = self._tree.find(parent or slash)
-        if through_link:
+        try:
+            directory, through = self._tree.find(parent or slash)
+        except NotADirectory:
+            through = Through.OWN
+        if through is Through.OWN:
+            return True  # umoci lists what is gone with a directory that became a file or a link
+        if through is Through.LOWER:
             raise Refused("is a whiteout that leads through a link")
         if base == _OPAQUE:
             self._opaque.append(directory)

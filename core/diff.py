@@ -55,6 +55,7 @@ def write_diff(
     *,
     source_date_epoch: int | None = None,
     record: BinaryIO | None = None,
+    contents: bool = True,
 ) -> Written:
     """Write ``changes``, whose new side is the tree ``new``, to ``out`` as an uncompressed archive.
 
@@ -64,6 +65,8 @@ def write_diff(
         source_date_epoch: seconds since the epoch; later modification times are written as this one
             (https://reproducible-builds.org/specs/source-date-epoch/).
         record: takes the tar record (see `layerfs.record`).
+        contents: without, only the headers are written. That is no archive, but its digest is one of all that a diff
+            says of files beside their contents, at the price of a walk.
 
     Raises:
         FailedPrecondition: a file changed while it was read, or has a name that a layer archive cannot hold.
@@ -71,11 +74,16 @@ def write_diff(
         BrokenPipeError: the reader of ``out`` went away.
     """
     writer = None if record is None else RecordWriter(record)
-    with TarWriter(out, writer) as tar, _Entries(new, tar, source_date_epoch) as entries:
+    with TarWriter(out, writer) as tar, _Entries(new, tar, source_date_epoch, contents) as entries:
         for deleted, path in _in_order(changes):
             entries.add(path, deleted=deleted)
         digest, size = tar.finish()
     return Written(f"sha256:{digest}", size, entries.count)
+
+
+def nowhere() -> BinaryIO:
+    """An open file that forgets what is written to it: for a diff of which only the digest is wanted."""
+    return open(os.devnull, "wb")
 
 
 def _in_order(changes: Iterable[Change]) -> Iterator[tuple[bool, bytes]]:
@@ -105,7 +113,8 @@ def _key(change: Change) -> bytes:
 class _Entries:
     """Writes the entries of paths that come in depth-first order."""
 
-    def __init__(self, tree: int, tar: TarWriter, source_date_epoch: int | None) -> None:
+    def __init__(self, tree: int, tar: TarWriter, source_date_epoch: int | None, contents: bool) -> None:
+        self._contents = contents
         self._tree = tree
         self._tar = tar
         self._latest = None if source_date_epoch is None else source_date_epoch * 1_000_000_000
@@ -189,7 +198,8 @@ class _Entries:
         fd = os.open(name, _READ, dir_fd=dir_fd)
         try:
             put(xattrs.read(fd), path, types.REGULAR, size=size)
-            self._tar.payload(fd, size, path)
+            if self._contents:
+                self._tar.payload(fd, size, path)
         finally:
             os.close(fd)
 

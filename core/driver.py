@@ -47,6 +47,8 @@ class Capability(enum.Flag):
     """A first write to a file of a lower layer copies blocks, not the whole file."""
     ROOTLESS = enum.auto()
     """Works without privileges on the host, in a user namespace of its own."""
+    UPPER = enum.auto()
+    """`Driver.upper` gives a place for a diff, also where the parents are not filled yet."""
 
 
 @dataclass(frozen=True, slots=True)

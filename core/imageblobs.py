@@ -41,7 +41,7 @@ class ImageBlobs:
         name = digest.of(data)
         path = self._path / digest.encoded(name)
         try:
-            if not path.exists():
+            if not self._holds(path, data):
                 with tempfile.NamedTemporaryFile(dir=self._path, prefix="new-", delete=False) as file:
                     file.write(data)
                     file.flush()
@@ -50,6 +50,14 @@ class ImageBlobs:
         except OSError as error:
             raise refused(f"keep the blob {name}", error) from error
         return name
+
+    @staticmethod
+    def _holds(path: Path, data: bytes) -> bool:
+        """Whether the blob is there as it should be; one that was damaged is written again."""
+        try:
+            return path.read_bytes() == data
+        except FileNotFoundError:
+            return False
 
     def get(self, name: str) -> bytes:
         """A blob's bytes, verified. Raises `Damaged`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from layerfs import digest, imageexport, oci, platforms, sources
 from layerfs.database import Database, ImageRow, checked_text
-from layerfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from layerfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LayerfsError, NotFound
 from layerfs.imageblobs import ImageBlobs
 from layerfs.layer import Kind, Layer
 from layerfs.sourceimage import Candidate, SourceImage
+from layerfs.unpacking import BlobLayer
 
 if TYPE_CHECKING:
     from layerfs.store import Store
@@ -54,22 +55,6 @@ class Image:
     size: int
     layers: tuple[str, ...]
     platform: str
-
-
-@dataclass(frozen=True, slots=True)
-class BlobLayer:
-    """One layer of an image that is imported, as `Store.unpack` takes it.
-
-    Attributes:
-        diff_id, chain_id: what the image's configuration says.
-        size: bytes of its blob.
-        open: gives the blob, verified while it is read.
-    """
-
-    diff_id: str
-    chain_id: str
-    size: int
-    open: Callable[[], BinaryIO]
 
 
 class Images:
@@ -229,6 +214,18 @@ class Images:
             key = chain[-1].parent
         return chain[::-1]
 
+    def defects(self) -> Iterator[tuple[str, str]]:
+        """The name of each image that lacks something, and a sentence of what."""
+        for row in self._database.images():
+            try:
+                layers = self._image(row).layers
+            except LayerfsError as error:
+                yield row.name, str(error)
+                continue
+            missing = [key for key in layers if self._database.find(key) is None]
+            if missing:
+                yield row.name, f"the image {row.name!r} lacks the layer {missing[0]}; remove it and import it again"
+
     # -- removing --------------------------------------------------------------------------------------------------
 
     def remove(self, name: str) -> None:
@@ -265,6 +262,10 @@ class Images:
                 removed.append(key)
                 key = parent
         return removed
+
+    def _orphans(self) -> builtins.list[str]:
+        """The layers that images brought and none has any more, the newest first."""
+        return [key for key in self._database.unpacked() if self._database.image_on(key) is None]
 
     def _sweep(self) -> builtins.list[str]:
         rows = self._database.images()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from layerfs.database import NOBODY, Row, State, checked_text, encoded
 from layerfs.driver import Capability
@@ -10,7 +10,7 @@ from layerfs.errors import AlreadyExists, EnvironmentUnfit, FailedPrecondition, 
 from layerfs.layer import Kind, Layer
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
-from layerfs.session import Session, named
+from layerfs.session import Session
 from layerfs.transfer import Transfer
 
 
@@ -31,9 +31,8 @@ class Lifecycle:
         if size is not None and size <= 0:
             raise InvalidArgument(f"a size limit of {size} bytes is no limit; give more, or leave it out")
         if size is not None and not self._session.driver.capabilities & Capability.SIZE_LIMIT:
-            raise EnvironmentUnfit(
-                f"the driver {self._session.driver.name!r} cannot limit a layer's size on this backing"
-            )
+            name = self._session.driver.name
+            raise EnvironmentUnfit(f"the driver {name!r} cannot limit a layer's size on this backing")
         has_volume = kind is Kind.ACTIVE or not parent
         with self._database.transaction():
             self._check_free(key)

@@ -45,7 +45,10 @@ class Mounting:
         if target is None:
             return self._add(key, _OWN, None)
         if not target.is_dir():
-            raise InvalidArgument(f"{str(target)!r} is no directory to mount on; make one")
+            try:
+                target.mkdir()
+            except OSError as error:
+                raise InvalidArgument(f"{str(target)!r} is no directory to mount on: {error.strerror}") from error
         return self._add(key, os.path.realpath(target), None)
 
     @contextmanager
@@ -211,9 +214,9 @@ class Mounting:
         return living
 
     def _is_alive(self, user: MountRow) -> bool:
-        if user.session is not None and user.session != self._session.number:
-            if not self._session.locks.is_held(user.session):
-                return False
+        others = user.session if user.session != self._session.number else None
+        if others is not None and not self._session.locks.is_held(others):
+            return False
         if user.namespace != _namespace():
             return _exists(user.namespace)
         return self._is_mounted(self._session.place(user.layer)) if user.target == _OWN else self._is_bound(user)

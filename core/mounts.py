@@ -352,7 +352,7 @@ def is_fuse(filesystem: str) -> bool:
 
 
 def _fuse_program(filesystem: str) -> str:
-    """The program of the type, from PATH or from beside the interpreter, where an environment that is not active has it.
+    """The program of the type, from beside the interpreter, where an environment that is not active has it, or PATH.
 
     It is called as mount(8) would call it, but needs no root then.
     """

@@ -31,6 +31,8 @@ class Wanted:
     driver: str | None
     options: Mapping[str, str]
     backing: BackingSpec | None
+    force: bool = False
+    """Make the backing even if its device holds data."""
 
 
 def open_session(root: Path, wanted: Wanted, *, create: bool) -> Session:
@@ -100,7 +102,7 @@ def _make(root: Path, database: Database, wanted: Wanted) -> None:
     spec = wanted.backing or _default_backing(kind, root)
     with contextlib.suppress(NotFound):
         Backing(root).destroy()  # a killed process's, which may be of another kind
-    backing = Backing.create(root, spec)
+    backing = Backing.create(root, spec, force=wanted.force)
     try:
         backing.up()
         if wanted.backing is not None:
@@ -119,6 +121,8 @@ def _make(root: Path, database: Database, wanted: Wanted) -> None:
 def _settings(root: Path, database: Database, wanted: Wanted) -> tuple[type[Driver], dict[str, str]]:
     """The driver and the options of an existing store. Raises `InvalidArgument` where others are wanted."""
     name = database.fact("driver") or ""
+    if wanted.driver and wanted.driver != name:
+        registry.load(wanted.driver)  # one that does not exist is the more likely mistake
     options = dict(json.loads(database.fact("options") or "{}"))
     for what, given, found in (("driver", wanted.driver, name), ("options", dict(wanted.options), options)):
         if given and given != found:

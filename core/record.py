@@ -25,7 +25,9 @@ import struct
 import tempfile
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Final
 
 import zstandard
@@ -45,6 +47,15 @@ _RAW, _FILE_TAG, _SAVED, _CONTENT, _END_TAG = 1, 2, 3, 4, 5
 
 _CHUNK: Final = 1 << 18
 _LONGEST: Final = 1 << 28  # an item; a sparse map of 2^20 pieces and a path fit
+
+
+@contextmanager
+def created(path: Path) -> Iterator[BinaryIO]:
+    """A file to write a record to, which is whole on disk when the body is done."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class RecordWriter:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from layerfs import xattrs
 from layerfs.errors import FailedPrecondition
 from layerfs.kernel.clone import reflink
 from layerfs.kernel.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
@@ -57,17 +58,22 @@ def copy_file(
     copier.file(src_dir_fd, os.fsdecode(src_name), dst_dir_fd, os.fsdecode(dst_name), info)
 
 
-def copy_attributes(src_fd: int, dst_fd: int) -> None:
-    """Give the open file or directory ``dst_fd`` owner, mode, extended attributes and times of ``src_fd``."""
-    _Copier().finish(dst_fd, os.fstat(src_fd), _xattrs(src_fd))
-
-
 def copy_tree(src_fd: int, dst_fd: int) -> None:
     """Make the empty directory ``dst_fd`` an exact copy of the directory ``src_fd``, itself included.
 
     Raises `OSError`; what was copied until then stays. Mounts inside the source are copied like directories.
     """
     _Copier().tree(src_fd, dst_fd)
+
+
+def copy_attributes(src_fd: int, dst_fd: int) -> None:
+    """Give a directory the owner, mode, times and those attributes of another that belong to a layer."""
+    info = os.fstat(src_fd)
+    os.fchown(dst_fd, info.st_uid, info.st_gid)
+    os.fchmod(dst_fd, stat.S_IMODE(info.st_mode))
+    for key, value in xattrs.read(src_fd).items():
+        os.setxattr(dst_fd, key, value)
+    os.utime(dst_fd, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def remove_tree(dir_fd: int, name: str | bytes) -> None:
@@ -119,7 +125,7 @@ class _Copier:
                 todo += self._enter(src, dst, item)
             else:
                 with _opened(dst, item.path) as fd:
-                    self.finish(fd, item.info, item.xattrs)
+                    self._finish(fd, item.info, item.xattrs)
 
     def _enter(self, src: int, dst: int, path: str) -> list[str | _Leave]:
         """Copy the entries of one directory; what is left to do afterwards, the last item first."""
@@ -167,7 +173,7 @@ class _Copier:
             try:
                 if info.st_size and self.contents:
                     self._contents(src, dst, info)
-                self.finish(dst, info, _xattrs(src))
+                self._finish(dst, info, _xattrs(src))
             finally:
                 os.close(dst)
         finally:
@@ -207,7 +213,7 @@ class _Copier:
             written = os.pwrite(dst, block, start)
             start += written
 
-    def finish(self, fd: int, info: os.stat_result, xattrs: dict[str, bytes]) -> None:
+    def _finish(self, fd: int, info: os.stat_result, xattrs: dict[str, bytes]) -> None:
         """Owner, mode, attributes and times, in the order in which none undoes another."""
         if (info.st_uid, info.st_gid) != self.owner:
             os.fchown(fd, info.st_uid, info.st_gid)

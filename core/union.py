@@ -8,18 +8,17 @@ it is. The names are short because mount options are.
 from __future__ import annotations
 
 import os
-import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from layerfs import project_limits, xattrs
+from layerfs import project_limits
 from layerfs.changes import compare, compare_upper
 from layerfs.driver import Capability, Change, Driver, Mount, Problem, Upper, Usage, Whiteouts
 from layerfs.errors import Damaged, refused
 from layerfs.kernel import quota
-from layerfs.treecopy import copy_tree, remove_tree
+from layerfs.treecopy import copy_attributes, copy_tree, remove_tree
 from layerfs.volume_dirs import VolumeDirs, opened
 from layerfs.walk import disk_usage
 
@@ -78,7 +77,7 @@ class UnionDriver(Driver):
 
     @property
     def capabilities(self) -> Capability:
-        found = Capability.NONE
+        found = Capability.UPPER
         if self.native_changes:
             found |= Capability.NATIVE_CHANGES
         if self._can_limit():
@@ -101,7 +100,8 @@ class UnionDriver(Driver):
                 upper = place / UPPER
                 upper.mkdir()
                 if parents:
-                    _copy_attributes(self.upper_path(parents[0]), upper)
+                    with opened(self.upper_path(parents[0])) as old, opened(upper) as new:
+                        copy_attributes(old, new)
                 else:
                     upper.chmod(0o755)
         except OSError as error:
@@ -214,14 +214,3 @@ class UnionDriver(Driver):
             project_limits.release(place)
         with opened(place.parent) as fd:
             remove_tree(fd, place.name)
-
-
-def _copy_attributes(source: Path, target: Path) -> None:
-    """Give a directory the owner, mode, attributes and times of another."""
-    info = source.stat()
-    os.chown(target, info.st_uid, info.st_gid)
-    target.chmod(stat.S_IMODE(info.st_mode))
-    with opened(source) as fd:
-        for key, value in xattrs.read(fd).items():
-            os.setxattr(target, key, value)
-    os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))

@@ -166,7 +166,7 @@ def test_without_fio_its_package_is_named(scratch: Path, tmp_path: Path) -> None
 def test_an_interrupt_at_any_moment_leaves_nothing_and_ends_with_130(scratch: Path, driver: str) -> None:
     if driver not in _usable(scratch):
         pytest.skip(f"{driver} does not work on this host")
-    source = random.Random()  # noqa: S311
+    source = random.Random()
     for attempt in range(6):
         delay, number = source.uniform(0.2, 4), source.choice([signal.SIGINT, signal.SIGTERM])
         command = [*_COMMAND, "--scratch", str(scratch), "--driver", driver, "--size", "16M", "--rounds", "100"]

@@ -32,7 +32,7 @@ from layerfs.errors import InvalidArgument, LayerfsError
 
 
 def test_the_interval_of_the_median_covers_the_truth_about_as_often_as_it_says() -> None:
-    source = random.Random(1)  # noqa: S311
+    source = random.Random(1)
     hits = 0
     for _ in range(40):
         interval = statistics.median([source.gauss(100, 5) for _ in range(20)])
@@ -52,7 +52,7 @@ def test_a_ratio_of_clearly_different_samples_excludes_one() -> None:
 
 
 def test_a_ratio_of_like_samples_includes_one() -> None:
-    source = random.Random(2)  # noqa: S311
+    source = random.Random(2)
     first, second = ([source.gauss(10, 2) for _ in range(8)] for _ in range(2))
     found = statistics.ratio(first, second)
     assert found.low < 1 < found.high

@@ -85,7 +85,9 @@ def opened(root: Path, driver: str) -> Iterator[Store]:
 
 
 def take_away(root: Path) -> None:
-    raise NotImplementedError
+    """The store's loop device and data, which pytest's own directories would keep for a while."""
+    with contextlib.suppress(NotFound):
+        Backing(root).destroy()
 
 
 @pytest.fixture(params=DRIVERS)
@@ -149,7 +151,7 @@ def test_a_layer_that_is_there_is_not_read_again(overlay: Store, made: MadeLayou
     overlay.images.import_(made.path)
     made.add(MadeImage([BASE, MIDDLE]), "two")
     read: dict[str, int] = {}
-    overlay.images.import_(made.path, name="two", progress=lambda done, total, what: read.update({what: done}))
+    overlay.images.import_(made.path, name="two", progress=lambda done, _, what: read.update({what: done}))
     assert not [what for what in read if "layer 1 of" in what]
     assert [what for what in read if "layer 2 of" in what]
 
@@ -517,7 +519,8 @@ def child(root: Path, work: str) -> subprocess.Popen[bytes]:
     """A process with the store open that runs ``work``."""
     import sys
 
-    program = f"import sys; from pathlib import Path; from layerfs.store import Store\nwith Store(Path(sys.argv[1])) as store:\n    {work}"
+    imports = "import sys; from pathlib import Path; from layerfs.store import Store"
+    program = f"{imports}\nwith Store(Path(sys.argv[1])) as store:\n    {work}"
     return subprocess.Popen([sys.executable, "-c", program, str(root)])
 
 

@@ -42,12 +42,12 @@ class TestOverlay2OnExt4(DriverConformance):
         """ext4 does not hold root to a limit; only a union does, which a volume without parents has no need of."""
         volume = bench.prepare(size=20 << 20)
         with bench.mounted(volume) as root:
-            with pytest.raises(OSError, match="quota|space"):
+            with pytest.raises(OSError, match=r"quota|space"):
                 self._fill(root / "large", 40 << 20)
             (root / "large").unlink()
         fork = bench.fork(volume)
         with bench.mounted(fork) as root:
-            with pytest.raises(OSError, match="quota|space"):
+            with pytest.raises(OSError, match=r"quota|space"):
                 self._fill(root / "large", 40 << 20)
             (root / "large").unlink()
             (root / "small").write_bytes(b"x")

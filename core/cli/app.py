@@ -56,6 +56,10 @@ Exit codes:
 """
 
 
+class _Interrupted(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
 class Program(click.Group):
     """Shows its commands by topic, and imports the late ones only when they are called."""
 
@@ -65,6 +69,8 @@ class Program(click.Group):
             sys.stdout.flush()
         except BrokenPipeError:
             raise click.exceptions.Exit(_end_quietly()) from None
+        except KeyboardInterrupt:
+            raise _Interrupted from None  # click would put an empty line on the standard error
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -149,7 +155,7 @@ def main() -> int:
             return end.exit_code
         except click.ClickException as error:
             return _complain(_usage(error), error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
+        except (_Interrupted, click.Abort, KeyboardInterrupt):
             return _complain("interrupted", EXIT_INTERRUPTED)
         except LayerfsError as error:
             return _complain(str(error), error.exit_code)

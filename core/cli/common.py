@@ -94,7 +94,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @contextmanager
 def open_store(
-    *, create: bool = False, options: Mapping[str, str] | None = None, backing: BackingSpec | None = None
+    *,
+    create: bool = False,
+    options: Mapping[str, str] | None = None,
+    backing: BackingSpec | None = None,
+    force: bool = False,
 ) -> Iterator[Store]:
     """The store that the options name, in a user namespace where the caller is not root.
 
@@ -106,7 +110,7 @@ def open_store(
     chosen = settings()
     root = chosen.place()
     userns.enter()
-    with Store(root, chosen.driver, options=options or {}, backing=backing, create=create) as store:
+    with Store(root, chosen.driver, options=options or {}, backing=backing, create=create, force=force) as store:
         yield store
 
 

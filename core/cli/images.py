@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerfs.cli.common import Command, json_option, open_store
-from layerfs.cli.output import ago, print_json, print_table, size_text, image_progress
+from layerfs.cli.output import ago, image_progress, print_json, print_table, size_text
 
 if TYPE_CHECKING:
-    from layerfs.imagerecords import Image
+    from layerfs.images import Image
 
 
 @click.command(

@@ -14,7 +14,7 @@ import click
 
 from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs, source_date_epoch
 from layerfs.cli.namespace import require_lasting_mounts
-from layerfs.cli.output import ago, byte_progress, print_json, print_table, printable, size_text
+from layerfs.cli.output import ago, byte_progress, one_line, print_json, print_table, printable, size_text
 from layerfs.driver import ChangeKind, Mount
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound, refused
 from layerfs.layer import Kind, Layer
@@ -80,8 +80,8 @@ def commit(key: str, name: str, labels: tuple[str, ...], no_digest: bool) -> Non
 def remove(keys: tuple[str, ...]) -> None:
     """Remove layers or images.
 
-    Where a layer and an image have the name, it is the layer. Goes on after a failure, and ends with the first
-    failure's exit code then. The layers of a removed image go with "layerfs gc" when nothing else needs them.
+    Where a layer and an image have the name, it is the layer. The layers of an image go with it where nothing else
+    needs them. Goes on after a failure, and ends with the first failure's exit code then.
     """
     failures: list[LayerfsError] = []
     with open_store() as store:
@@ -93,8 +93,8 @@ def remove(keys: tuple[str, ...]) -> None:
                     store.images.remove(key)
             except LayerfsError as error:
                 failures.append(error)
-    for error in failures[1:]:
-        click.echo(f"layerfs: {error}", err=True)
+    for failure in failures[1:]:
+        click.echo(f"layerfs: {one_line(str(failure))}", err=True)
     if failures:
         raise failures[0]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 # Lone surrogates stand for bytes that are no UTF-8 (PEP 383); control and bidirectional marks fool a terminal.
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -80,25 +80,45 @@ def byte_progress(what: str, total: int | None = None) -> Iterator[Callable[[int
 @contextmanager
 def image_progress() -> Iterator[Callable[[int, int, str], None]]:
     """The same for work whose total and present step are told with each call, from any thread."""
+    with _told_progress(_bar) as progress:
+        yield progress
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """The same, counting things and not bytes."""
+    with _told_progress(_steps) as progress:
+        yield progress
+
+
+@contextmanager
+def _told_progress(make: Callable[[], Progress]) -> Iterator[Callable[[int, int, str], None]]:
     if not sys.stderr.isatty():
         yield lambda _done, _total, _what: None
         return
-    with _bar() as bar:
+    with make() as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=printable(what))
 
 
 def _bar() -> Progress:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    return _progress(DownloadColumn(binary_units=True), TransferSpeedColumn())
+
+
+def _steps() -> Progress:
+    from rich.progress import MofNCompleteColumn
+
+    return _progress(MofNCompleteColumn())
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
     from rich import progress
     from rich.console import Console
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-    )
-    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    text = progress.TextColumn("{task.description}", markup=False)
+    return progress.Progress(text, progress.BarColumn(), *columns, console=Console(stderr=True), transient=True)
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-
 from layerfs.cli.common import Command, json_option, open_store, pairs, settings
-from layerfs.cli.output import print_json, print_table, size_text
+from layerfs.cli.output import print_json, print_table, printable, step_progress
 from layerfs.errors import Damaged, InvalidArgument, LayerfsError
+
+if TYPE_CHECKING:
+    from layerfs.backing import BackingSpec
+    from layerfs.check import Finding
 
 
 @click.command(cls=Command, examples=("drivers", "drivers --root /srv/layers", "drivers --json"))
@@ -91,14 +95,39 @@ def check(repair: bool, as_json: bool) -> None:
     Committed layers are verified against their diff IDs. Ends with 0 if all is well or was repaired, with 8 if
     problems remain.
     """
-    with open_store() as store, step_progress("checking") as progress:
+    with open_store() as store, step_progress() as progress:
         found = store.check(repair=repair, progress=progress)
+    if as_json:
+        print_json([asdict(one) for one in found])
+    elif found:
+        print_table(("problem", "of", "what", "outcome"), [(f.kind, f.name, f.what, _outcome(f)) for f in found])
+    left = sum(not one.repaired for one in found)
+    if left:
+        remedy = "" if repair else "; `layerfs check --repair` puts right what it can"
+        raise Damaged(f"{left} {'problem' if left == 1 else 'problems'} found{remedy}")
+
+
+def _outcome(finding: Finding) -> str:
+    if finding.repaired:
+        return "repaired"
+    return "can be repaired" if finding.repairable else "cannot be repaired"
 
 
 @click.command(cls=Command, examples=("gc", "gc --json"))
 @json_option
 def gc(as_json: bool) -> None:
-    """Remove what nothing needs any more."""
+    """Remove what nothing needs any more.
+
+    That is what interrupted work left, and layers that came with an image when no image has them any more. Prints
+    what it did.
+    """
+    with open_store() as store:
+        done = store.collect_garbage()
+    if as_json:
+        print_json(done)
+        return
+    for line in done:
+        click.echo(printable(line))
 
 
 def _backing_spec(backing: str | None, device: str | None) -> BackingSpec | None:

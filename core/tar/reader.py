@@ -20,6 +20,7 @@ from layerfs.tar.header import BLOCK, ZEROS, Entry, label
 
 _LIMIT: Final = 1 << 20  # bytes of one extended header, as in Go's archive/tar
 _SEGMENTS: Final = 1 << 20  # of one sparse file
+_PADDING: Final = 1 << 26  # bytes after the end; GNU tar's largest blocks have 2^21
 _LARGEST: Final = (1 << 63) - 1
 _LAST_ID: Final = (1 << 32) - 2
 _HEADER_ONLY = frozenset(b"1 2 3 4 5 6".split())
@@ -283,7 +284,11 @@ class TarReader:
     def _finish(self) -> None:
         """Read what follows the first block of zeros, to the end of the stream: nothing but zeros."""
         rest = self._block[self._at :]
+        padding = 0
         while True:
+            padding += len(rest)
+            if padding > _PADDING:
+                raise BadLayer(f"the layer has endless zeros after its end (after {label(self._name)})")
             if rest.count(0) != len(rest):
                 raise BadLayer(f"the layer has garbage after its end (after {label(self._name)})")
             if self._tee is not None:

@@ -164,8 +164,8 @@ class FileChecks:
         bench.seal(base)
         child = bench.prepare(base)
         with bench.mounted(child) as root:
-            with open(root / "append", "ab") as file:
-                file.write(b"!")
+            with open(root / "append", "ab") as appended:
+                appended.write(b"!")
             os.truncate(root / "truncate", 3)
             with open(root / "map", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
                 mapped[0:3] = b"MAP"

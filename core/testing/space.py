@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,6 +20,8 @@ ADDED, MODIFIED, DELETED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.DEL
 
 class SpaceChecks:
     """What a volume occupies, its size limit, and what a driver says of itself."""
+
+    filesystem: ClassVar[str]
 
     def test_usage_counts_the_volume_alone(self, bench: Workbench) -> None:
         """graphtest, BuildKit TestUsage: what a layer adds, not what it shows."""

@@ -6,6 +6,7 @@ begin with ``.wh.``. Entries of the same branch are not hidden.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import Final
@@ -35,20 +36,16 @@ def hidden_by(name: bytes) -> bytes | None:
 
 def make(dir_fd: int, name: bytes) -> None:
     """Make the empty file ``name``, a whiteout or an opaque mark; one that is there already is no error."""
-    try:
+    with contextlib.suppress(FileExistsError):
         os.close(
             os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE, dir_fd=dir_fd)
         )
-    except FileExistsError:
-        pass
 
 
 def take_away(dir_fd: int, name: bytes) -> None:
     """Remove a whiteout or an opaque mark, if it is there."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=dir_fd)
-    except FileNotFoundError:
-        pass
 
 
 class AufsWhiteouts:

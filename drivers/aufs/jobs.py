@@ -6,6 +6,7 @@ job is done, and then carried out from its beginning, which finds the work done.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -85,7 +86,5 @@ class Workers:
 
     def _finish(self, job: Job) -> None:
         self._done.put(job)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.write(self._wake, b"\0")
-        except BlockingIOError:
-            pass  # it is full, and so it can be read
