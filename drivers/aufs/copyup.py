@@ -11,6 +11,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from layerfs.drivers.aufs import dialect
@@ -172,7 +173,7 @@ class CopyUp:
             info = os.stat(name, dir_fd=work, follow_symlinks=False)
             for directory, known in node.names[1:]:
                 target = self.upper(directory)
-                _keeping_times(target, lambda n=known, t=target: _link(work, name, t, n))
+                _keeping_times(target, partial(_link, work, name, target, known))
                 directory.above[known] = False
             if node.names:
                 directory, known = node.names[0]

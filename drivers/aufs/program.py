@@ -77,7 +77,7 @@ def _serve(device: int, tree: Tree, work: int | None, target: str) -> None:
     try:
         fuse.negotiate(device, WANTED)
         _read_ahead(target)
-        # What is there now stays, and what comes is freed by its reference counts: nodes are taken apart when forgotten.
+        # What is there now stays; what comes is freed by reference counts, as nodes are taken apart when forgotten.
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 20)

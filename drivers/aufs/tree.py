@@ -73,7 +73,7 @@ class Dir(Node):
         children: what the kernel knows of its entries.
         loaded: the three that follow are filled.
         above: the names in the upper, and whether each is a directory.
-        below: the names in the lower branches, each with the directory that has it, or for a directory with all that do.
+        below: the names in the lower branches, with the directory that has each, or for a directory all that do.
         hidden: the names that whiteouts of the upper hide.
     """
 

@@ -15,7 +15,6 @@ from typing import Final, NamedTuple
 
 from layerfs.drivers.aufs import dialect
 from layerfs.drivers.aufs.copyup import CopyUp
-from layerfs.drivers.aufs.places import Place
 from layerfs.drivers.aufs.tree import LONGEST_NAME, Dir, Node, Tree
 from layerfs.kernel.libc import check, encoded, libc
 from layerfs.treecopy import remove_tree
