@@ -25,7 +25,7 @@ READDIRPLUS, RENAME2, LSEEK, COPY_FILE_RANGE, TMPFILE = 44, 45, 46, 47, 51
 
 # Bits of SETATTR: which fields are to be set.
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME = 1, 2, 4, 8, 16, 32
-FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_KILL_SUIDGID = 128, 256, 2048
+FATTR_FH, FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_CTIME, FATTR_KILL_SUIDGID = 64, 128, 256, 1024, 2048
 
 FOPEN_KEEP_CACHE, FOPEN_NOFLUSH = 2, 32
 OPEN_KILL_SUIDGID = 1
@@ -40,10 +40,11 @@ EXPLICIT_INVAL_DATA, HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 25, 1 << 28, 1 << 30
 
 IN_HEADER: Final = struct.Struct("<IIQQIII4x")  # length, opcode, unique, node, uid, gid, pid
 OUT_HEADER: Final = struct.Struct("<IiQ")  # length, -errno, unique
-ATTR: Final = struct.Struct("<QQQqqqIIIIIIIIII")
+_ATTR = "QQQqqqIIIIIIIIII"
 """ino, size, blocks, atime, mtime, ctime, the same in ns, mode, nlink, uid, gid, rdev, blksize, flags."""
-ENTRY: Final = struct.Struct("<QQQQII")  # node, generation, entry valid, attributes valid, the same in ns
-ATTR_VALID: Final = struct.Struct("<QI4x")
+ENTRY_OUT: Final = struct.Struct("<QQQQII" + _ATTR)
+"""node, generation, how long the entry and the attributes are valid in s, the same in ns, attributes."""
+ATTR_OUT: Final = struct.Struct("<QI4x" + _ATTR)  # how long they are valid, the same in ns, attributes
 DIRENT: Final = struct.Struct("<QQII")  # ino, offset of the next one, length of the name, type
 
 SETATTR_IN: Final = struct.Struct("<I4xQQ8xqqqIIII4xII4x")

@@ -49,8 +49,9 @@ _NS: Final = 10**9
 _SPIN: Final = 60e-6
 """Seconds to look for the next request before sleeping."""
 _COPY_AT_ONCE: Final = 16 << 20
+_TIMES: Final = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_FH
 _HEADER: Final = fuse.IN_HEADER.size
-_NO_ENTRY: Final = fuse.ENTRY.pack(0, 0, _FOREVER, 0, 0, 0) + bytes(fuse.ATTR.size)
+_NO_ENTRY: Final = fuse.ENTRY_OUT.pack(0, 0, _FOREVER, 0, 0, 0, *[0] * 16)
 _DOTS: Final = ((1, b"."), (2, b".."))
 
 
@@ -76,8 +77,8 @@ class Request:
         return bytes(self.data[offset:]).split(b"\0")[:-1]
 
     def name(self, offset: int = 0) -> bytes:
-        """The one NUL-terminated string at ``offset``."""
-        return bytes(self.data[offset:]).partition(b"\0")[0]
+        """The one NUL-terminated string that follows ``offset``."""
+        return bytes(self.data[offset:-1])
 
 
 class NoReply(Exception):
@@ -280,37 +281,25 @@ class Server:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         return node
 
-    def _attr(self, node: Node, info: os.stat_result) -> bytes:
+    def _attr(self, node: Node, info: os.stat_result) -> tuple[int, ...]:
+        """What `fuse.ATTR` packs."""
         atime, atime_ns = divmod(info.st_atime_ns, _NS)
         mtime, mtime_ns = divmod(info.st_mtime_ns, _NS)
         ctime, ctime_ns = divmod(info.st_ctime_ns, _NS)
-        links = info.st_nlink
+        mode, _, _, links, uid, gid, size, *_ = info
         if node.unlinked or node.kind == stat.S_IFDIR:
             links = self._tree.links(node, info)
-        return fuse.ATTR.pack(
-            node.ino,
-            info.st_size,
-            info.st_blocks,
-            atime,
-            mtime,
-            ctime,
-            atime_ns,
-            mtime_ns,
-            ctime_ns,
-            info.st_mode,
-            links,
-            info.st_uid,
-            info.st_gid,
-            _device_number(info.st_rdev),
-            info.st_blksize,
-            0,
+        device = info.st_rdev and _device_number(info.st_rdev)
+        return (
+            *(node.ino, size, info.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
+            *(mode, links, uid, gid, device, info.st_blksize, 0),
         )
 
     def _entry(self, node: Node, info: os.stat_result) -> bytes:
         """A node that the kernel learns of."""
         attr = self._attr(node, info)
         node.lookups += 1
-        return fuse.ENTRY.pack(node.ino, 0, _FOREVER, _FOREVER, 0, 0) + attr
+        return fuse.ENTRY_OUT.pack(node.ino, 0, _FOREVER, _FOREVER, 0, 0, *attr)
 
     def _lookup(self, request: Request) -> bytes:
         directory = self._directory(request.node)
@@ -333,13 +322,20 @@ class Server:
         return self._attributes(node, self._tree.status(node))
 
     def _attributes(self, node: Node, info: os.stat_result) -> bytes:
-        return fuse.ATTR_VALID.pack(_FOREVER, 0) + self._attr(node, info)
+        return fuse.ATTR_OUT.pack(_FOREVER, 0, *self._attr(node, info))
 
     def _setattr(self, request: Request) -> bytes:
         node = self._node(request.node)
         valid, _, size, atime, mtime, _, atime_ns, mtime_ns, _, mode, uid, gid = fuse.SETATTR_IN.unpack_from(
             request.data
         )
+        if not valid & ~_TIMES:
+            # The kernel writes back times when it forgets a file, also of one that is gone, or that has not changed.
+            info = self._tree.status(node)
+            times = atime * _NS + atime_ns, mtime * _NS + mtime_ns
+            same = not valid & fuse.FATTR_ATIME or times[0] == info.st_atime_ns
+            if not (node.names or node.fds) or (same and node.lower and times[1] == info.st_mtime_ns):
+                return self._attributes(node, info)
         self._copyup.node(node, contents=not (valid & fuse.FATTR_SIZE and size == 0))
         path = self._path(node)
         follow = node.orphan >= 0
@@ -358,12 +354,12 @@ class Server:
         if valid & (fuse.FATTR_ATIME | fuse.FATTR_MTIME):
             old = self._tree.status(node)
             now = time.time_ns()
-            times = [old.st_atime_ns, old.st_mtime_ns]
+            accessed, modified = old.st_atime_ns, old.st_mtime_ns
             if valid & fuse.FATTR_ATIME:
-                times[0] = now if valid & fuse.FATTR_ATIME_NOW else atime * _NS + atime_ns
+                accessed = now if valid & fuse.FATTR_ATIME_NOW else atime * _NS + atime_ns
             if valid & fuse.FATTR_MTIME:
-                times[1] = now if valid & fuse.FATTR_MTIME_NOW else mtime * _NS + mtime_ns
-            os.utime(path, ns=(times[0], times[1]), follow_symlinks=follow)
+                modified = now if valid & fuse.FATTR_MTIME_NOW else mtime * _NS + mtime_ns
+            os.utime(path, ns=(accessed, modified), follow_symlinks=follow)
         return self._attributes(node, self._tree.status(node))
 
     def _path(self, node: Node) -> bytes:
@@ -590,7 +586,7 @@ class Server:
 
     def _setxattr(self, request: Request) -> bytes:
         size, flags = fuse.SETXATTR_IN.unpack_from(request.data)
-        name = request.name(fuse.SETXATTR_IN.size)
+        name = bytes(request.data[fuse.SETXATTR_IN.size :]).partition(b"\0")[0]
         start = fuse.SETXATTR_IN.size + len(name) + 1
         node = self._node(request.node)
         self._copyup.node(node)
@@ -619,7 +615,7 @@ class Server:
         return b""
 
 
-_PLUS: Final = fuse.ENTRY.size + fuse.ATTR.size + fuse.DIRENT.size
+_PLUS: Final = fuse.ENTRY_OUT.size + fuse.DIRENT.size
 
 
 def complain(text: str) -> None:

@@ -75,9 +75,22 @@ class Dir(Node):
         above: the names in the upper, and whether each is a directory.
         below: the names in the lower branches, with the directory that has each, or for a directory all that do.
         hidden: the names that whiteouts of the upper hide.
+        subdirectories: how many of the visible names are directories.
     """
 
-    __slots__ = ("_cookies", "_listed", "_next", "above", "below", "children", "hidden", "loaded", "lowers", "upper")
+    __slots__ = (
+        "_cookies",
+        "_listed",
+        "_next",
+        "above",
+        "below",
+        "children",
+        "hidden",
+        "loaded",
+        "lowers",
+        "subdirectories",
+        "upper",
+    )
 
     def __init__(
         self, ino: int, at: Place, named: bytes, *, upper: Place | None, lowers: list[Place], real: tuple[int, int]
@@ -90,6 +103,7 @@ class Dir(Node):
         self.above: dict[bytes, bool] = {}
         self.below: dict[bytes, Place | tuple[Place, ...]] = {}
         self.hidden: set[bytes] = set()
+        self.subdirectories = 0
         self._cookies: dict[bytes, int] | None = None
         self._listed: list[tuple[int, bytes]] = []
         self._next = 3
@@ -110,14 +124,6 @@ class Dir(Node):
 
     def is_empty(self) -> bool:
         return next(self.visible(), None) is None
-
-    def subdirectories(self) -> int:
-        count = sum(self.above.values())
-        above, hidden = self.above, self.hidden
-        for name, found in self.below.items():
-            if type(found) is tuple and name not in above and name not in hidden:
-                count += 1
-        return count
 
     # The order in which names are listed: each has a cookie, larger than those before it, that it keeps
 
@@ -208,6 +214,10 @@ class Tree:
                 break
         directory.below = below
         directory.loaded = True
+        above, hidden = directory.above, directory.hidden
+        directory.subdirectories = sum(above.values()) + sum(
+            type(found) is tuple and name not in above and name not in hidden for name, found in below.items()
+        )
 
     def find(self, directory: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
         """The entry ``name`` of a directory and its real file's status, or None. Raises `OSError`."""
@@ -273,7 +283,7 @@ class Tree:
             # A directory of one branch alone is as it is; 1 is what some file systems say of all directories.
             if info.st_nlink > 1 and len(node.lowers) + (node.upper is not None) > 1:
                 self.load(node)
-                return 2 + node.subdirectories()
+                return 2 + node.subdirectories
             return info.st_nlink
         return info.st_nlink - node.unlinked
 
@@ -301,24 +311,29 @@ class Tree:
         if not node.lower and node.orphan < 0 and len(node.names) <= 1 and node.lookups:
             node.orphan = os.open(node.named, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.place_fd(node))
 
-    def unname(self, directory: Dir, name: bytes) -> None:
-        """Take from what is known a name that the file has lost."""
-        node = directory.children.pop(name, None)
-        directory.above.pop(name, None)
-        directory.disappeared(name)
-        if node is None:
-            return
-        node.names.remove((directory, name))
+    def unname(self, directory: Dir, name: bytes) -> Node:
+        """Take from what is known a name that the file has lost, and return its node."""
+        node = self.take_name(directory, name)
         if node.names and not node.lower:
             parent, node.named = node.names[0]
             assert parent.upper is not None
             node.at = parent.upper
-        if node.orphan >= 0 and os.stat(node.orphan).st_nlink == 0:
-            self._kept.pop(node.real, None)
         if not node.names:
+            if node.real in self._kept and (node.orphan < 0 or os.stat(node.orphan).st_nlink == 0):
+                del self._kept[node.real]
             if isinstance(node, Dir) and node.upper is not None:
                 self.places.drop(node.upper)
             self.discard_unknown(node)
+        return node
+
+    def take_name(self, directory: Dir, name: bytes) -> Node:
+        """Forget one name of a node that is known, and return the node."""
+        node = directory.children.pop(name)
+        directory.above.pop(name, None)
+        directory.subdirectories -= node.kind == stat.S_IFDIR
+        directory.disappeared(name)
+        node.names.remove((directory, name))
+        return node
 
     def add(self, directory: Dir, name: bytes, info: os.stat_result) -> Node:
         """A file or directory that has just been made in the upper."""
@@ -345,7 +360,8 @@ class Tree:
     def name(self, node: Node, directory: Dir, name: bytes) -> None:
         """Note a new name, in the upper, of a node."""
         directory.children[name] = node
-        directory.above[name] = node.kind == stat.S_IFDIR
+        is_dir = directory.above[name] = node.kind == stat.S_IFDIR
+        directory.subdirectories += is_dir
         directory.appeared(name)
         node.names.append((directory, name))
 

@@ -199,12 +199,10 @@ class Union:
             self._separate(node, directory, name)
         places = [self._copyup.upper(directory) for directory, _, _ in (one, two)]
         _renameat2(places[0], one[1], places[1], two[1], RENAME_EXCHANGE)
-        for (directory, name, node), (other, other_name, _) in ((one, two), (two, one)):
-            node.names.remove((directory, name))
-            node.names.append((other, other_name))
+        for directory, name, _ in (one, two):
+            self._tree.take_name(directory, name)
         for (_, _, node), (directory, name, _) in ((one, two), (two, one)):
-            directory.children[name] = node
-            directory.above[name] = isinstance(node, Dir)
+            self._tree.name(node, directory, name)
             self._moved(node, directory, name)
 
     def _bring(self, node: Node) -> None:
@@ -220,10 +218,7 @@ class Union:
             dialect.make(self._copyup.upper(node), dialect.OPAQUE)
 
     def _renamed(self, node: Node, old: Dir, name: bytes, new: Dir, new_name: bytes) -> None:
-        old.children.pop(name, None)
-        old.above.pop(name, None)
-        old.disappeared(name)
-        node.names.remove((old, name))
+        self._tree.take_name(old, name)
         self._tree.name(node, new, new_name)
         self._moved(node, new, new_name)
 
