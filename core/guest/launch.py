@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -76,11 +75,10 @@ class _Running:
         stack.callback(control.close)
         wires = Wires(output=out_write, errors=err_write, control=control.fileno())
         job = _memory_file(_job(kind, output, errors), stack)
-        writable = [Path(os.path.realpath(path)) for path in request.writable]
         line = sandbox.command(
             kind.command(wires, disks, sandbox.PRIVATE),
             job=job,
-            writable=writable,
+            writable=_writable(request),
             readable=_kept(kind),
         )
         inherited = [out_write, err_write, control.fileno(), job, *disks]
@@ -185,7 +183,7 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
         "environment": environment,
         "terminal": {"output": os.isatty(output), "errors": os.isatty(errors)},
         "window": [size.columns, size.lines],
-        "writable": [os.path.realpath(path) for path in request.writable],
+        "writable": [str(path) for path in _writable(request)],
         "kept": [str(path) for path in _kept(kind)],
         "modules": str(kind.modules) if kind.modules else None,
         "drivers": list(kind.drivers),
@@ -196,10 +194,14 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
     return json.dumps(job).encode()
 
 
+def _writable(request: Request) -> list[Path]:
+    return [Path(os.path.realpath(path)) for path in request.writable]
+
+
 def _kept(kind: Kind) -> list[Path]:
     """The directories that must be readable in the guest at the host's own path, wherever they are."""
-    given = [sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path)]
-    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory)}
+    given = (sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path))
+    wanted = {Path(os.path.realpath(path)) for path in (*map(Path, given), kind.request.directory)}
     return sorted(path for path in wanted if path.is_dir())
 
 
@@ -228,7 +230,7 @@ def _disk(size: int, stack: ExitStack) -> int:
     """A sparse file without a name, so that nothing can stay of it."""
     place = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - on a disk everywhere (hier(7)), and nameless
     try:
-        file = stack.enter_context(tempfile.TemporaryFile(dir=place))
+        file = stack.enter_context(tempfile.TemporaryFile(dir=place))  # noqa: SIM115 - closed with the stack
         os.truncate(file.fileno(), size)
     except OSError as error:
         raise refused(f"making a disk of {size} bytes for the guest in {place!r}", error) from error
