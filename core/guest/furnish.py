@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerfs.guest.sandbox import PRIVATE
 from layerfs.kernel.libc import check, libc
 from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_RDONLY, mount, umount
 
-_STAGE = Path("/tmp")  # noqa: S108 - there on every host; nobody else is here yet
+_STAGE = PRIVATE / "stage"
 _SCRATCH, _ROOT = _STAGE / "scratch", _STAGE / "root"
 _OLD = Path("/.layerfs-host")  # the tree without the disk over it, while the new one is furnished
 
@@ -49,6 +50,7 @@ _SIOCSIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8914, 0x1, 0x40
 
 def furnish(job: Mapping[str, Any]) -> None:
     """Make the job's tree the root of this process and all that it starts."""
+    _STAGE.mkdir()
     mount("tmpfs", str(_STAGE), "tmpfs")
     with contextlib.suppress(OSError):  # EBUSY: the kernel has done it itself
         mount("devtmpfs", "/dev", "devtmpfs")
