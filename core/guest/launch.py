@@ -66,9 +66,11 @@ class _Running:
         self._request = request = kind.request
         self._console: deque[str] = deque(maxlen=_LAST_WORDS)
         self._report = b""
+        self._readers: list[threading.Thread] = []
         self._blocked = False  # nobody reads what the command prints any more
         out_read, out_write = _pipe(stack)
         err_read, err_write = _pipe(stack)
+        said_read, said_write = _pipe(stack)
         self._control, control = map(stack.enter_context, socket.socketpair())
         job = stack.enter_context(_memory_file(_job(kind, output, errors)))
         wires = Wires(out_write.fileno(), err_write.fileno(), control.fileno())
@@ -78,28 +80,27 @@ class _Running:
             writable=_writable(request),
             readable=_kept(kind),
         )
-        theirs = (out_write, err_write, control, job)
+        theirs = (out_write, err_write, said_write, control, job)
         self._process = subprocess.Popen(
             line,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=said_write,
+            stderr=said_write,
             pass_fds=[*(end.fileno() for end in theirs), *disks],
             env={**os.environ, **kind.environment},
             start_new_session=True,  # a terminal's Ctrl-C is for us alone
         )
         stack.callback(self._end)
-        for end in theirs:
-            end.close()
-        assert self._process.stdout is not None
-        self._readers = [
+        self._readers += [
             threading.Thread(target=self._pass_on, args=(out_read, output), daemon=True),
             threading.Thread(target=self._pass_on, args=(err_read, errors), daemon=True),
             threading.Thread(target=self._read_report, daemon=True),
-            threading.Thread(target=self._read_console, args=(self._process.stdout,), daemon=True),
+            threading.Thread(target=self._read_console, args=(said_read,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
+        for end in theirs:
+            end.close()
 
     def result(self) -> int:
         """The command's exit code, when the guest has ended."""
