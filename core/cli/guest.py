@@ -23,7 +23,7 @@ Examples:
 @click.option("--kind", type=click.Choice(KINDS), default="uml", show_default=True, help="The kind of guest.")
 @click.option("--memory", default="2G", show_default=True, help="How much memory the guest has.")
 @click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="How many processors; uml has one.")
-@click.option("--scratch", default="16G", show_default=True, help="The most that can be written in the guest.")
+@click.option("--scratch", default="64G", show_default=True, help="The size of its own disk, a sparse file.")
 @click.option("--disk", "disks", multiple=True, metavar="SIZE", help="A further, empty disk; may be repeated.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds after which the guest is ended.")
 @click.option(

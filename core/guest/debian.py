@@ -50,7 +50,7 @@ class Packages:
         return [line.split("Depends: ", 1)[1] for line in lines if "Depends: " in line]
 
     def unpack(self, packages: Sequence[str], tree: Path) -> None:
-        """Fetch packages and put their files below ``tree``, all of /bin, /sbin and /lib in /usr, as systems have it."""
+        """Fetch packages and put their files below ``tree``, what is in /bin, /sbin and /lib in /usr, as on a host."""
         for name in ("bin", "sbin", "lib", "lib64"):
             (tree / "usr" / name).mkdir(parents=True, exist_ok=True)
             if not (tree / name).is_symlink():

@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,18 +22,17 @@ from typing import IO
 
 import layerfs
 from layerfs.errors import InvalidArgument, LayerfsError, refused
-from layerfs.guest import sandbox
+from layerfs.guest import environment, sandbox
 from layerfs.guest.kind import Kind, Wires, find_program
 from layerfs.guest.qemu import Qemu
 from layerfs.guest.request import Request, TimedOut
 from layerfs.guest.uml import Uml
+from layerfs.sizes import format_size
 
 _KINDS: dict[str, type[Kind]] = {"uml": Uml, "qemu": Qemu}
 
 _GRACE = 10.0  # seconds that an interrupted command has for ending by itself
 _LAST_WORDS = 12  # lines of the console in a message
-# These name places that a guest has anew.
-_NOT_PASSED = frozenset({"TEMP", "TMP", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "LAYERFS_GUEST"})
 
 
 def run(request: Request, *, output: int = 1, errors: int = 2) -> int:
@@ -56,7 +54,7 @@ def run(request: Request, *, output: int = 1, errors: int = 2) -> int:
         raise InvalidArgument("a guest needs a command to run")
     kind = _KINDS[request.kind](request)
     with ExitStack() as stack:
-        disks = [_disk(size, stack) for size in (request.scratch, *request.disks)]
+        disks = [_disk(size, request.place, stack) for size in (request.scratch, *request.disks)]
         _make_filesystem(disks[0])
         return _Running(kind, disks, output, errors, stack).result()
 
@@ -68,44 +66,41 @@ class _Running:
         self._request = request = kind.request
         self._console: deque[str] = deque(maxlen=_LAST_WORDS)
         self._report = b""
+        self._readers: list[threading.Thread] = []
         self._blocked = False  # nobody reads what the command prints any more
         out_read, out_write = _pipe(stack)
         err_read, err_write = _pipe(stack)
-        self._control, control = socket.socketpair()
-        stack.callback(self._control.close)
-        stack.callback(control.close)
-        wires = Wires(output=out_write, errors=err_write, control=control.fileno())
-        job = _memory_file(_job(kind, output, errors), stack)
-        writable = [Path(os.path.realpath(path)) for path in request.writable]
+        said_read, said_write = _pipe(stack)
+        self._control, control = map(stack.enter_context, socket.socketpair())
+        job = stack.enter_context(_memory_file(_job(kind, output, errors)))
+        wires = Wires(out_write.fileno(), err_write.fileno(), control.fileno())
         line = sandbox.command(
             kind.command(wires, disks, sandbox.PRIVATE),
-            job=job,
-            writable=writable,
+            job=job.fileno(),
+            writable=_writable(request),
             readable=_kept(kind),
         )
-        inherited = [out_write, err_write, control.fileno(), job, *disks]
+        theirs = (out_write, err_write, said_write, control, job)
         self._process = subprocess.Popen(
             line,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=inherited,
+            stdout=said_write,
+            stderr=said_write,
+            pass_fds=[*(end.fileno() for end in theirs), *disks],
             env={**os.environ, **kind.environment},
             start_new_session=True,  # a terminal's Ctrl-C is for us alone
         )
         stack.callback(self._end)
-        control.close()
-        for descriptor in (out_write, err_write, job):
-            os.close(descriptor)
-        assert self._process.stdout is not None
-        self._readers = [
+        self._readers += [
             threading.Thread(target=self._pass_on, args=(out_read, output), daemon=True),
             threading.Thread(target=self._pass_on, args=(err_read, errors), daemon=True),
             threading.Thread(target=self._read_report, daemon=True),
-            threading.Thread(target=self._read_console, args=(self._process.stdout,), daemon=True),
+            threading.Thread(target=self._read_console, args=(said_read,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
+        for end in theirs:
+            end.close()
 
     def result(self) -> int:
         """The command's exit code, when the guest has ended."""
@@ -139,10 +134,10 @@ class _Running:
         self._process.kill()
         self._process.wait()
         for reader in self._readers:
-            reader.join()
+            reader.join(_GRACE)  # whoever reads what we pass on may have stopped doing so
 
-    def _pass_on(self, source: int, target: int) -> None:
-        while data := os.read(source, 1 << 16):
+    def _pass_on(self, source: IO[bytes], target: int) -> None:
+        while data := source.read(1 << 16):
             try:
                 while data:
                     data = data[os.write(target, data) :]
@@ -168,24 +163,14 @@ class _Running:
 def _job(kind: Kind, output: int, errors: int) -> bytes:
     """What `layerfs.guest.inside` reads."""
     request, devices = kind.request, kind.devices
-    environment = dict(os.environ if request.environment is None else request.environment)
-    for name in _NOT_PASSED:
-        environment.pop(name, None)
-    environment |= {
-        "DM_DISABLE_UDEV": "1",  # there is no udev that would answer libdevmapper
-        "LAYERFS_GUEST": request.kind,
-        "LAYERFS_GUEST_DISKS": " ".join(devices.disks),
-        "TMPDIR": "/var/tmp",  # noqa: S108 - on the scratch disk itself; /tmp is the host's with the disk over it
-        "PATH": f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin",
-    }
     size = shutil.get_terminal_size()
     job = {
         "command": list(request.command),
         "directory": str(request.directory),
-        "environment": environment,
+        "environment": dict(environment.of_command(request, devices.disks)),
         "terminal": {"output": os.isatty(output), "errors": os.isatty(errors)},
         "window": [size.columns, size.lines],
-        "writable": [os.path.realpath(path) for path in request.writable],
+        "writable": [str(path) for path in _writable(request)],
         "kept": [str(path) for path in _kept(kind)],
         "modules": str(kind.modules) if kind.modules else None,
         "drivers": list(kind.drivers),
@@ -196,42 +181,37 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
     return json.dumps(job).encode()
 
 
+def _writable(request: Request) -> list[Path]:
+    return [Path(os.path.realpath(path)) for path in request.writable]
+
+
 def _kept(kind: Kind) -> list[Path]:
     """The directories that must be readable in the guest at the host's own path, wherever they are."""
-    given = [sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path)]
-    wanted = {Path(os.path.realpath(path)) for path in (*given, kind.request.directory)}
+    given = (sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path))
+    wanted = {Path(os.path.realpath(path)) for path in (*map(Path, given), kind.request.directory)}
     return sorted(path for path in wanted if path.is_dir())
 
 
-def _pipe(stack: ExitStack) -> tuple[int, int]:
+def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
     """A pipe whose ends are closed with the stack, if they are not by then."""
-    ends = os.pipe()
-    for end in ends:
-        stack.callback(_close, end)
-    return ends
+    source, sink = os.pipe()
+    return stack.enter_context(open(source, "rb", 0)), stack.enter_context(open(sink, "wb", 0))
 
 
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
+def _memory_file(contents: bytes) -> IO[bytes]:
+    file = open(os.memfd_create("layerfs-guest"), "r+b", 0)  # noqa: SIM115 - the caller closes it
+    file.write(contents)
+    file.seek(0)
+    return file
 
 
-def _memory_file(contents: bytes, stack: ExitStack) -> int:
-    descriptor = os.memfd_create("layerfs-guest")
-    stack.callback(_close, descriptor)
-    os.write(descriptor, contents)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
-
-
-def _disk(size: int, stack: ExitStack) -> int:
+def _disk(size: int, place: Path, stack: ExitStack) -> int:
     """A sparse file without a name, so that nothing can stay of it."""
-    place = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - on a disk everywhere (hier(7)), and nameless
     try:
-        file = stack.enter_context(tempfile.TemporaryFile(dir=place))
+        file = stack.enter_context(tempfile.TemporaryFile(dir=place))  # noqa: SIM115 - closed with the stack
         os.truncate(file.fileno(), size)
     except OSError as error:
-        raise refused(f"making a disk of {size} bytes for the guest in {place!r}", error) from error
+        raise refused(f"making a disk of {format_size(size)} for the guest in {str(place)!r}", error) from error
     return file.fileno()
 
 

@@ -77,8 +77,8 @@ class Qemu(Kind):
             machine += ["-chardev", f"{channel},id={name}"]
             machine += ["-device", f"virtserialport,bus=wires.0,chardev={name},name=layerfs.{name}"]
         for number, (tag, path) in enumerate(self._exports):
-            quoted = str(path).replace(",", ",,")
-            machine += ["-fsdev", f"local,id=root{number},path={quoted},security_model=none,readonly=on,multidevs=remap"]
+            options = "security_model=none,readonly=on,multidevs=remap"
+            machine += ["-fsdev", f"local,id=root{number},path={str(path).replace(',', ',,')},{options}"]
             machine += ["-device", f"virtio-9p-pci,fsdev=root{number},mount_tag={tag}"]
         for number, disk in enumerate(disks):
             machine += ["-drive", f"if=none,id=disk{number},file=/proc/self/fd/{disk},format=raw,discard=unmap"]
@@ -106,6 +106,6 @@ class Qemu(Kind):
 
 
 def _has_kvm() -> bool:
-    """Whether KVM runs any kernel here: the device alone may stand for a kind of KVM that needs a kernel made for it."""
+    """Whether KVM runs any kernel here; there is a kind of it that has the device, but needs kernels made for it."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return os.access("/dev/kvm", os.R_OK | os.W_OK) and bool(flags and {"vmx", "svm"} & set(flags[1].split()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ class TimedOut(LayerfsError):
     exit_code = 124
 
 
+def default_place() -> Path:
+    """TMPDIR, else /var/tmp, which unlike /tmp is on a disk everywhere (hier(7))."""
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - for files that never have a name
+
+
 @dataclass(frozen=True)
 class Request:
     """A command and the guest that it wants.
@@ -28,6 +34,7 @@ class Request:
         kind: one of `KINDS`.
         memory: bytes.
         cpus: processors; User-Mode Linux has one.
+        place: the directory that the files of its disks are in, without names.
         scratch: bytes of the disk that keeps all that the guest writes and that does not go to the host.
         disks: bytes of each further disk; the guest finds their devices in ``LAYERFS_GUEST_DISKS``, a space between.
         timeout: seconds after which the guest is ended, booting included; None for no limit.
@@ -43,7 +50,8 @@ class Request:
     kind: str = "uml"
     memory: int = 2 * _GIB
     cpus: int = 1
-    scratch: int = 16 * _GIB
+    place: Path = field(default_factory=default_place)
+    scratch: int = 64 * _GIB
     disks: tuple[int, ...] = ()
     timeout: float | None = None
     kernel: str | None = None

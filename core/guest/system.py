@@ -22,7 +22,7 @@ from layerfs.guest.kind import find_program
 
 _PREFIX = "system-"
 _TOOLS = ("zfsutils-linux", "libnvpair3linux", "libuutil3linux", "libzfs4linux", "libzpool5linux")
-_COMPILE = {"make": "make", "gcc": "gcc", "perl": "perl", "depmod": "kmod"}
+_COMPILE = {"make": "make", "gcc": "gcc", "strip": "binutils", "perl": "perl", "depmod": "kmod"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _build(build: Path, tree: Path, release: str) -> None:
     modules.mkdir(parents=True)
     for module in (source / "module").rglob("*.ko"):
         shutil.copy(module, modules)
+        _step(["strip", "--strip-debug", str(modules / module.name)], source)
     _step([find_program("depmod", "kmod"), "--basedir", str(tree), release], tree)
 
 

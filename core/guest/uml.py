@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerfs.errors import InvalidArgument
-from layerfs.guest.kind import Devices, Kind, Wires, find_program, boot_parameters
+from layerfs.guest.kind import Devices, Kind, Wires, boot_parameters, find_program
 from layerfs.guest.request import Request
 from layerfs.guest.sandbox import PRIVATE
 
