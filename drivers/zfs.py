@@ -28,6 +28,7 @@ from layerfs.backing import Backing
 from layerfs.backings import zfs_tools
 from layerfs.backings.zfs_fuse import Daemon
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
+from layerfs.backings.zpool import LOCK
 from layerfs.changes import compare
 from layerfs.driver import BackingNeed, Capability, Change, Mount, Probe, Problem, Usage
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, refused
@@ -66,7 +67,8 @@ class ZfsDriver(SnapshotDriver):
         self._in_user_space = point.type != "zfs"
         backing = Backing.around(root)
         home = backing.facts.get("zfs-fuse") if backing else None
-        self._tools = Tools(Daemon(Path(home)) if home else None, root / ".zfs-commands")
+        lock = backing.root / LOCK if backing and "pool" in backing.facts else root / ".zfs-commands"
+        self._tools = Tools(Daemon(Path(home)) if home else None, lock)
         self._inside = Path(os.path.realpath(root)).relative_to(point.target)
         self._home = f"{point.source}/{_encoded(self._inside)}"
         self._tools.settled()
@@ -112,8 +114,6 @@ class ZfsDriver(SnapshotDriver):
             self._make(volume, "clone", *arguments, self._snapshot(parents[0]), place)
         else:
             self._make(volume, "create", *arguments, place)
-        if self._in_user_space:
-            self._show(volume)
 
     def fork(self, volume: str, source: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         """See `Driver.fork`: a clone of a passing snapshot, which goes over to the clone when the source goes."""
@@ -136,8 +136,6 @@ class ZfsDriver(SnapshotDriver):
             if value not in ("0", "none", "-"):
                 arguments += ["-o", f"{key}={value}"]
         self._make(volume, "clone", *arguments, snapshot, here)
-        if self._in_user_space:
-            self._show(volume)
 
     def seal(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         place = self._dataset(volume)
@@ -270,9 +268,12 @@ class ZfsDriver(SnapshotDriver):
                     self._tried("create", *self._settings(), self._home)
                 self._tried(*command)
         except _Exists:
-            return
+            pass
         except ZfsRefused as error:
             raise self._failed(f"making the volume {volume!r}", error) from error
+        if self._in_user_space:
+            self._show(volume)
+            self._used_first(self.tree_path(volume))  # its zfs(8) mounts clones whatever canmount says
 
     def _settings(self) -> Iterator[str]:
         """The properties that all volumes inherit."""
@@ -299,7 +300,8 @@ class ZfsDriver(SnapshotDriver):
         except ZfsRefused as error:
             if error.exists:
                 raise _Exists from error
-            raise
+            if "successfully created" not in error.words:  # "…, but not mounted"
+                raise
 
     def _forks_of(self, place: str) -> Iterator[str]:
         """Datasets that are clones of passing snapshots of ``place``."""
@@ -335,6 +337,8 @@ class ZfsDriver(SnapshotDriver):
     def _show(self, volume: str) -> None:
         """Have the dataset mounted at `tree_path`."""
         place = self.tree_path(volume)
+        if self._tools.daemon is not None:
+            self._tools.daemon.inside()  # the kernel remembers much of what a dead daemon said
         if self._is_shown(volume):
             return
         try:
@@ -342,7 +346,11 @@ class ZfsDriver(SnapshotDriver):
         except ZfsRefused as error:
             if not self._is_shown(volume):  # as another process may have done
                 raise self._failed(f"mounting the volume {volume!r}", error) from error
-        os.listdir(place)  # zfs-fuse never gets over a mount that goes before anybody has used it
+        self._used_first(place)
+
+    def _used_first(self, place: Path) -> None:
+        """See to it that zfs-fuse can go on after a mount: it never gets over one that goes before anybody used it."""
+        os.listdir(place)
         self._hide_oldest()
 
     def _is_shown(self, volume: str) -> bool:

@@ -56,6 +56,15 @@ class Daemon:
         finally:
             lock.close()
 
+    def is_there(self) -> bool:
+        """Whether it runs; then it is waited for until it answers, should it have been started just now."""
+        deadline = time.monotonic() + _START_SECONDS
+        while self.pid() is not None and time.monotonic() < deadline:
+            if self._answers():
+                return True
+            time.sleep(0.01)
+        return self.pid() is not None
+
     def inside(self) -> list[str]:
         """What to put before a command for it to run beside the daemon. Raises `FailedPrecondition` if it is dead."""
         pid = self.pid()

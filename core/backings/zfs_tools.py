@@ -15,7 +15,7 @@ from layerfs.backings.zfs_fuse import PACKAGE as FUSE_PACKAGE
 from layerfs.backings.zfs_fuse import Daemon
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError, OutOfSpace
 from layerfs.probing import kernel_knows
-from layerfs.programs import find, tool
+from layerfs.programs import find, search_path, tool
 
 _PACKAGE = "zfsutils-linux"
 _BUSY_SECONDS = 3.0  # datasets are busy for moments after an unmount
@@ -46,8 +46,8 @@ class ZfsRefused(LayerfsError):
 
 
 def in_user_space() -> bool:
-    """Whether the ZFS of this host is zfs-fuse, whose package and OpenZFS's exclude each other."""
-    return find("zfs-fuse") is not None
+    """Whether the ZFS of this host is zfs-fuse; OpenZFS where both a kernel module and its programs are there."""
+    return find("zfs-fuse") is not None and not (kernel_knows("zfs") and find("zgenhostid"))
 
 
 def check_usable() -> None:
@@ -144,7 +144,7 @@ class Tools:
                     check=False,
                     pass_fds=(fd,),
                     timeout=_HUNG_SECONDS,
-                    env={"LC_ALL": "C", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+                    env={**os.environ, "LC_ALL": "C", "PATH": search_path()},  # both call mount(8) and umount(8)
                 )
             except subprocess.TimeoutExpired as error:
                 reason = f"{what} has not ended after {_HUNG_SECONDS:.0f} s"

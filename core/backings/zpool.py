@@ -18,25 +18,27 @@ from layerfs import mounts
 from layerfs.backings import places, zfs_fuse, zfs_tools
 from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_metadata
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
-from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError
+from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, LayerfsError
 from layerfs.filesystems import signature
 from layerfs.kernel import mountapi as api
 from layerfs.programs import run
 
 _SMALLEST = 128 * places.MIB
 _LINK = "zpool"
+LOCK = "zfs.lock"
+"""What commands for this pool have locked while they run, see `zfs_tools.Tools`."""
 _BUSY_SECONDS = 3.0
 
 
 class Zpool(Kind):
     """``zfs``."""
 
-    files = ("backing.img", "backing.img.new", _LINK, "zfs.lock", *zfs_fuse.FILES)
+    files = ("backing.img", "backing.img.new", _LINK, LOCK, *zfs_fuse.FILES)
 
     def __init__(self, root: Path, spec: BackingSpec, uuid: str) -> None:
         super().__init__(root, spec, uuid)
         self._daemon = zfs_fuse.Daemon(root) if zfs_tools.in_user_space() else None
-        self._tools = Tools(self._daemon, root / "zfs.lock")
+        self._tools = Tools(self._daemon, root / LOCK)
         self._pool = f"layerfs-{uuid}"
 
     @classmethod
@@ -63,6 +65,7 @@ class Zpool(Kind):
         with contextlib.ExitStack() as stack:
             self._start()
             if self.spec.device is not None:
+                run(["wipefs", "--all", self.spec.device], "util-linux")  # the pool leaves others' signatures there
                 self._create(self.spec.device)
             else:
                 assert self._image is not None
@@ -92,6 +95,10 @@ class Zpool(Kind):
             os.chmod(self.path, 0o700)
         except ZfsRefused as error:
             self._take_apart()
+            if error.missing:
+                place = str(self._image or self.spec.device)
+                text = f"{place!r} does not hold the pool that was made for {str(self.root)!r}"
+                raise Damaged(text) from error
             raise LayerfsError(f"bringing up the pool in {str(self.root)!r}: {error.words}") from error
 
     def down(self) -> None:
@@ -160,7 +167,7 @@ class Zpool(Kind):
 
     def _start(self) -> None:
         """With zfs-fuse: have its daemon run, and what it mounts seen here."""
-        if self._daemon is None or self._daemon.pid() is not None:
+        if self._daemon is None or self._daemon.is_there():
             return
         self._clear_dead()
         if self._mount_point() is None:
@@ -177,13 +184,17 @@ class Zpool(Kind):
 
     def _take_apart(self) -> None:
         """Unmount, export, end the daemon; what is gone already is passed over."""
+        try:
+            if not self._is_gone():
+                self._unmount_all()
+                self._export()
+                if self._daemon is not None:
+                    self._daemon.stop()
+        except LayerfsError:
+            if not self._is_gone():  # or else it died meanwhile
+                raise
         if self._is_gone():
             self._clear_dead()
-        else:
-            self._unmount_all()
-            self._export()
-            if self._daemon is not None:
-                self._daemon.stop()
         if self._mount_point() is not None:
             mounts.unmount(self.path)
 
