@@ -371,7 +371,7 @@ def _fuse_program(filesystem: str) -> str:
 
 def _known(filesystem: str) -> bool:
     """Whether the kernel itself mounts this type, without a helper program."""
-    return "." not in filesystem and filesystem not in ("fuse", "zfs")
+    return "." not in filesystem and filesystem != "fuse"
 
 
 def _too_long(mount: Mount) -> bool:
