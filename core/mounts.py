@@ -385,10 +385,21 @@ def _lacks_new_api() -> bool:
     try:
         with _fd(api.fsopen("overlay")) as context:
             api.fsconfig_string(context, "lowerdir+", "/")
+            if _takes_anything(context):
+                return True
             api.mount_setattr(context, 0)
     except OSError as error:
         return error.errno == errno.ENOSYS or (error.errno == errno.EINVAL and "lowerdir+" in str(error))
     return False
+
+
+def _takes_anything(context: int) -> bool:
+    """Whether this file system only collects its options and looks at them when it is made (overlayfs before 6.5)."""
+    try:
+        api.fsconfig_string(context, "no-such-option", "1")
+    except OSError:
+        return False
+    return True
 
 
 def _attributes(mount: Mount) -> int:
