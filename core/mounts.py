@@ -236,11 +236,24 @@ def _detached_bind(mount: Mount) -> int:
 
 
 def _detached_new(mount: Mount) -> int:
+    # zfs has one superblock for a dataset, and refuses (EBUSY) to show it read-only where it is mounted writable, and
+    # the other way round. What is only looked at is therefore read-only as a mount, and as a whole only if it must be.
+    if mount.type != "zfs" or not mount.read_only:
+        return _detached_superblock(mount, read_only=mount.read_only)
+    try:
+        return _detached_superblock(mount, read_only=False)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    return _detached_superblock(mount, read_only=True)
+
+
+def _detached_superblock(mount: Mount, *, read_only: bool) -> int:
     with ExitStack() as stack:
         context = stack.enter_context(_fd(api.fsopen(mount.type)))
         if mount.source:
             api.fsconfig_string(context, "source", mount.source)
-        if mount.read_only:
+        if read_only:
             api.fsconfig_flag(context, "ro")
         for key, value in _settings(mount):
             if value is None:
