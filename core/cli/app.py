@@ -21,7 +21,7 @@ from layerfs.errors import LayerfsError
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
 
 _TOPICS: dict[str, tuple[click.Command, ...]] = {
-    "Store": (store.drivers, store.init, store.check, store.gc),
+    "Store": (store.drivers, store.init, store.check, store.gc, store.migrate),
     "Images": (images.import_image, images.export, images.images),
     "Layers": (
         layers.prepare,
