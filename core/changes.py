@@ -43,18 +43,21 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK: Final = 1 << 19
 
 
-def compare(old: int | None, new: int, *, unchanged: Unchanged | None = None) -> Iterator[Change]:
+def compare(
+    old: int | None, new: int, *, unchanged: Unchanged | None = None, unchanged_attributes: bool = True
+) -> Iterator[Change]:
     """The changes from the tree ``old`` to the tree ``new``, in canonical order, by walking both.
 
     Args:
         old, new: directory descriptors; None stands for no tree at all.
         unchanged: spares attributes and content of a path from being read where it returns True.
+        unchanged_attributes: False where it says nothing of the extended attributes.
 
     Raises `LayerfsError`, naming the path that could not be read.
     """
     if old is None:
         return _walk([Change(_ADDED, b""), _Visit(partial(_added, new, None), b"")])
-    return _Comparison(old, new, unchanged).changes()
+    return _Comparison(old, new, unchanged, unchanged_attributes).changes()
 
 
 def compare_upper(
@@ -149,10 +152,11 @@ class _Links:
 class _Comparison:
     """One comparison of two trees."""
 
-    def __init__(self, old: int, new: int, unchanged: Unchanged | None) -> None:
+    def __init__(self, old: int, new: int, unchanged: Unchanged | None, unchanged_attributes: bool = True) -> None:
         self._old = old
         self._new = new
         self._unchanged = unchanged
+        self._unchanged_attributes = unchanged_attributes
         self._links = _Links()
 
     def changes(self) -> Iterator[Change]:
@@ -233,10 +237,13 @@ class _Comparison:
         kind = stat.S_IFMT(now.st_mode)
         if kind != stat.S_IFDIR and (was.st_size != now.st_size or was.st_rdev != now.st_rdev):
             return True
-        if self._unchanged is not None and self._unchanged(was, now):
+        same = self._unchanged is not None and self._unchanged(was, now)
+        if same and self._unchanged_attributes:
             return False
         if xattrs.read(b"/proc/self/fd/%d/%s" % (old, name)) != xattrs.read(b"/proc/self/fd/%d/%s" % (new, name)):
             return True
+        if same:
+            return False
         if kind == stat.S_IFLNK:
             return os.readlink(name, dir_fd=old) != os.readlink(name, dir_fd=new)
         return kind == stat.S_IFREG and now.st_size > 0 and not _same_content(old, new, name, now.st_size)

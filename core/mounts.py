@@ -112,8 +112,8 @@ def unmount(target: Path, *, lazy: bool = False) -> None:
     """
     try:
         if not lazy:
-            for below in _below(target):
-                _umount_patiently(below)
+            for inner in below(target):
+                _umount_patiently(inner)
             _umount_patiently(target)
         else:
             _umount(target, api.MNT_DETACH)
@@ -137,6 +137,12 @@ def opened(mounts: Sequence[Mount]) -> Iterator[int]:
         with _reported(first):
             fd = _opened_alone(first, stack) if len(mounts) == 1 else _opened_hidden(mounts, stack)
         yield stack.enter_context(_fd(fd))
+
+
+def below(target: Path) -> list[Path]:
+    """The mount points below ``target``, those to be taken down first in front."""
+    top = _resolved(target)
+    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
 
 
 def holders(target: Path) -> list[str]:
@@ -230,11 +236,24 @@ def _detached_bind(mount: Mount) -> int:
 
 
 def _detached_new(mount: Mount) -> int:
+    # zfs has one superblock for a dataset, and refuses (EBUSY) to show it read-only where it is mounted writable, and
+    # the other way round. What is only looked at is therefore read-only as a mount, and as a whole only if it must be.
+    if mount.type != "zfs" or not mount.read_only:
+        return _detached_superblock(mount, read_only=mount.read_only)
+    try:
+        return _detached_superblock(mount, read_only=False)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    return _detached_superblock(mount, read_only=True)
+
+
+def _detached_superblock(mount: Mount, *, read_only: bool) -> int:
     with ExitStack() as stack:
         context = stack.enter_context(_fd(api.fsopen(mount.type)))
         if mount.source:
             api.fsconfig_string(context, "source", mount.source)
-        if mount.read_only:
+        if read_only:
             api.fsconfig_flag(context, "ro")
         for key, value in _settings(mount):
             if value is None:
@@ -365,7 +384,7 @@ def _fuse_program(filesystem: str) -> str:
 
 def _known(filesystem: str) -> bool:
     """Whether the kernel itself mounts this type, without a helper program."""
-    return "." not in filesystem and filesystem not in ("fuse", "zfs")
+    return "." not in filesystem and filesystem != "fuse"
 
 
 def _too_long(mount: Mount) -> bool:
@@ -379,10 +398,21 @@ def _lacks_new_api() -> bool:
     try:
         with _fd(api.fsopen("overlay")) as context:
             api.fsconfig_string(context, "lowerdir+", "/")
+            if _takes_anything(context):
+                return True
             api.mount_setattr(context, 0)
     except OSError as error:
         return error.errno == errno.ENOSYS or (error.errno == errno.EINVAL and "lowerdir+" in str(error))
     return False
+
+
+def _takes_anything(context: int) -> bool:
+    """Whether this file system only collects its options and looks at them when it is made (overlayfs before 6.5)."""
+    try:
+        api.fsconfig_string(context, "no-such-option", "1")
+    except OSError:
+        return False
+    return True
 
 
 def _attributes(mount: Mount) -> int:
@@ -480,12 +510,6 @@ def _parsed(line: bytes) -> MountPoint:
 def _octal(raw: bytes) -> str:
     """Undo the kernel's escapes: a backslash and three octal digits."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), raw))
-
-
-def _below(target: Path) -> list[Path]:
-    """The mount points below ``target``, those to be taken down first in front."""
-    top = _resolved(target)
-    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
 
 
 def _resolved(target: Path) -> Path:

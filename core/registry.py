@@ -21,6 +21,7 @@ OWN = {
     "btrfs": "layerfs.drivers.btrfs:BtrfsDriver",
     "overlay2": "layerfs.drivers.overlay2:Overlay2Driver",
     "vfs": "layerfs.drivers.vfs:VfsDriver",
+    "zfs": "layerfs.drivers.zfs:ZfsDriver",
 }
 
 

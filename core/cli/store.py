@@ -67,7 +67,7 @@ def drivers(as_json: bool) -> None:
     ),
 )
 @click.option(
-    "--backing", metavar="FS[:SIZE]", help="Keep the data on a file system of its own: dir, btrfs, ext4, xfs."
+    "--backing", metavar="FS[:SIZE]", help="Keep the data on a file system of its own: dir, btrfs, ext4, xfs, zfs."
 )
 @click.option("--device", metavar="DEVICE", help="Make that file system on this device, not on a sparse file.")
 @click.option("--force", is_flag=True, help="Even if the device holds data, which is lost then.")

@@ -43,15 +43,16 @@ class DriverConformance(LifecycleChecks, ChangeChecks, FileChecks, TransferCheck
     """How many layers the deep checks stack up; Docker's limit is 128."""
 
     @pytest.fixture(scope="class")
-    def driver(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-        root = tmp_path_factory.mktemp(self.driver_class.name)
-        size = None if self.filesystem == "dir" else self.backing_size
-        backing = Backing.create(root, BackingSpec(filesystem=self.filesystem, size=size))
+    @classmethod
+    def driver(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+        root = tmp_path_factory.mktemp(cls.driver_class.name)
+        size = None if cls.filesystem == "dir" else cls.backing_size
+        backing = Backing.create(root, BackingSpec(filesystem=cls.filesystem, size=size))
         try:
             backing.up()
             data = backing.path / "driver"
             data.mkdir(mode=0o700)
-            driver = self.driver_class(data, self.options)
+            driver = cls.driver_class(data, cls.options)
             yield driver
             driver.close()
         finally:

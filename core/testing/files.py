@@ -97,7 +97,7 @@ class FileChecks:
                 server.bind(f"{root}/socket")
         bench.seal(volume)
         with tarfile.open(fileobj=io.BytesIO(bench.diff(volume))) as tar:
-            assert sorted(tar.getnames()) == ["fifo", "null"]
+            assert sorted(tar.getnames()) == [".", "fifo", "null"]
         child = bench.prepare(volume)
         with bench.mounted(child) as root:
             assert os.stat(root / "null").st_rdev == os.makedev(1, 3)
