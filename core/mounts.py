@@ -530,13 +530,15 @@ def _umount(target: Path, flags: int) -> None:
 def _umount_patiently(target: Path) -> None:
     """Unmount; FUSE daemons that use the mount get some time, since they may be about to end with mounts of theirs."""
     ends = time.monotonic() + _PATIENCE
+    last = False
     while True:
         try:
             _umount(target, 0)
             return
         except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > ends or not _daemons(target):
+            if error.errno != errno.EBUSY or last:
                 raise
+        last = time.monotonic() > ends or not _daemons(target)  # one more try: they may have ended just now
         time.sleep(0.01)
 
 
