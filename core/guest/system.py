@@ -22,7 +22,7 @@ from layerfs.guest.kind import find_program
 
 _PREFIX = "system-"
 _TOOLS = ("zfsutils-linux", "libnvpair3linux", "libuutil3linux", "libzfs4linux", "libzpool5linux")
-_COMPILE = {"make": "make", "gcc": "gcc", "strip": "binutils", "perl": "perl", "depmod": "kmod"}
+_COMPILE = {"make": "make", "gcc": "gcc", "strip": "binutils", "depmod": "kmod"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _build(build: Path, tree: Path, release: str) -> None:
     makefile = objects / "Makefile"
     makefile.write_text(makefile.read_text().replace("/usr/src/", f"{build}/usr/src/"))
     _step(["./configure", "--with-config=kernel", f"--with-linux={common}", f"--with-linux-obj={objects}"], source)
-    _step(["make", f"-j{len(os.sched_getaffinity(0))}"], source)
+    _step(["make", f"-j{len(os.sched_getaffinity(0))}", "CONFIG_DEBUG_INFO="], source)  # which takes a third less time
     modules = tree / "usr/lib/modules" / release / "updates"
     modules.mkdir(parents=True)
     for module in (source / "module").rglob("*.ko"):
