@@ -55,6 +55,7 @@ Exit codes:
     9  no space left
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
+  124  the time given to a guest was over; else "layerfs guest" ends as its command did
   130  interrupted (Ctrl-C or SIGTERM), and cleaned up
 """
 
