@@ -78,7 +78,7 @@ class Containerd:
     def start_again(self) -> None:
         """Start the server, and wait until containerd, which tries every few seconds, has found it."""
         self.served.start()
-        command = ["ctr", "-a", self.socket, "snapshots", "--snapshotter", "layerfs", "ls"]
+        command = ["ctr", "-a", str(self.socket), "snapshots", "--snapshotter", "layerfs", "ls"]
         wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, "it is found")
 
     def commits(self) -> int:
@@ -99,7 +99,7 @@ def containerd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     engine = Containerd(place, request.param)
     with ExitStack() as stack:
         stack.callback(engine.served.stop)
-        command = ["containerd", "--config", engine.place / "config.toml", "--log-level", "warn"]
+        command = ["containerd", "--config", str(engine.place / "config.toml"), "--log-level", "warn"]
         stack.enter_context(running(command, place / "containerd.log"))
         wait_until(lambda: listens(engine.socket), "containerd listens")
         engine.ctr("images", "import", busybox_image(place / "busybox.tar", IMAGE))
@@ -181,7 +181,7 @@ def test_a_server_killed_in_the_middle_of_an_unpack_can_go_on(containerd: Contai
     for _ in range(3):
         begin = containerd.commits()
         wanted = random.randint(1, 10)
-        command = ["ctr", "-a", containerd.socket, "images", "import", "--snapshotter", "layerfs", archive]
+        command = ["ctr", "-a", str(containerd.socket), "images", "import", "--snapshotter", "layerfs", str(archive)]
         with running(command, containerd.place / "import.log") as import_:
             _wait_for_commits(containerd, begin + wanted, import_)
             containerd.served.stop(signal.SIGKILL)

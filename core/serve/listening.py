@@ -30,8 +30,11 @@ def handed_over() -> socket.socket | None:
         os.environ.pop(name, None)
     if count != 1:
         raise InvalidArgument(f"systemd has handed over {count} sockets; the server takes one")
-    os.set_inheritable(_FIRST_HANDED_OVER, False)
-    return socket.socket(fileno=_FIRST_HANDED_OVER)
+    try:
+        os.set_inheritable(_FIRST_HANDED_OVER, False)
+        return socket.socket(fileno=_FIRST_HANDED_OVER)
+    except OSError as error:
+        raise InvalidArgument(f"what systemd has handed over is no socket: {error.strerror}") from error
 
 
 @contextmanager

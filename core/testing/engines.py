@@ -69,10 +69,10 @@ class Served:
         self.socket = place / "layerfs.sock"
         self.log = place / "layerfs.log"
         self.process: subprocess.Popen[bytes] | None = None
-        filesystems = registry.load(driver).needs.filesystems
-        backing = ("--backing", f"{filesystems[0]}:1G") if filesystems else ()
-        layerfs("init", "--root", self.root, "--driver", driver, *backing)
-        self.command = [*program(), "serve", engine, "--root", str(self.root), "--socket", str(self.socket), *options]
+        if filesystems := registry.load(driver).needs.filesystems:
+            layerfs("init", "--root", self.root, "--driver", driver, "--backing", f"{filesystems[0]}:1G")
+        store = ("--root", str(self.root), "--driver", driver)
+        self.command = [*program(), "serve", engine, *store, "--socket", str(self.socket), *options]
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
