@@ -126,5 +126,6 @@ def busybox_image(path: Path, name: str, *more: bytes, config: Mapping[str, obje
     top = tar_of({"etc/greeting": b"hello\n", "etc/.wh.passwd": b"", "data": None, "data/file": b"lower\n"})
     settings = {"Cmd": ["/bin/cat", "/etc/greeting"], "Env": ["PATH=/bin", "FLAVOUR=plain"], **(config or {})}
     layout = MadeLayout(path.with_suffix(".oci"))
-    layout.add(MadeImage([busybox_layer(), top, *more], config={"config": settings}), name)
+    diffs = [busybox_layer(), top, *more]
+    layout.add(MadeImage(diffs, ["none"] * len(diffs), config={"config": settings}), name)
     return layout.to_tar(path)
