@@ -10,12 +10,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerfs import digest, imageexport, oci, platforms, sources
 from layerfs.database import Database, ImageRow, checked_text
@@ -136,6 +136,13 @@ class Images:
     def list(self) -> builtins.list[Image]:
         """All images, by name."""
         return [self._image(row) for row in self._database.images()]
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """An image's configuration, as the OCI image spec defines it. Raises `NotFound`; `Damaged`."""
+        row = self._database.image(name)
+        if row is None:
+            raise NotFound(f"there is no image {name!r}")
+        return self._documents(row)[0].document
 
     def _image(self, row: ImageRow) -> Image:
         config, manifest = self._documents(row)

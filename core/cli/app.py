@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from layerfs.cli import images, layers, namespace, shell, store
+from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
 from layerfs.errors import LayerfsError
@@ -33,6 +33,7 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
         layers.usage,
     ),
     "Files": (layers.mount, layers.unmount, layers.changes, layers.diff, layers.apply, namespace.unshare),
+    "Engines": (run.run, serve.serve),
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
