@@ -12,6 +12,7 @@ from typing import BinaryIO, Self
 
 from layerfs import mounts
 from layerfs.backing import DIRECTORY, BackingSpec
+from layerfs.bench.caches import write_back
 from layerfs.bench.content import Base
 from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
@@ -102,6 +103,7 @@ class StoreTarget(Target):
 
     def occupied(self, key: str) -> int:
         with self._interrupts.held():
+            write_back(self._store.driver.root)  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
 
     def apply(self, key: str, diff: BinaryIO) -> int:

@@ -1,8 +1,6 @@
 """Where samples are taken: something that makes fresh layers.
 
-`Target` is what a workload and the runner see; `layerfs.bench.scratch.StoreTarget` is a driver below
-a store of its own. A control without
-layers (the bare backing directory) would be another `Target`.
+`Target` is what a workload and the runner see; `layerfs.bench.scratch.StoreTarget` is a driver below a store of its own.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class Target(ABC):
 
     @abstractmethod
     def occupied(self, key: str) -> int:
-        """Bytes that a layer alone has on the backing."""
+        """Bytes that a layer alone has on the backing, once all is written back."""
 
     @abstractmethod
     def apply(self, key: str, diff: BinaryIO) -> int:
