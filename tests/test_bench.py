@@ -70,7 +70,8 @@ def _bench(scratch: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_all_usable_drivers_run_all_workloads(scratch: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    done = _bench(scratch, "--driver", "all", "--size", "4M", "--rounds", "2", "--output", str(file))
+    works = [word for name in _STEPS for word in ("--workload", name)]
+    done = _bench(scratch, "--driver", "all", "--size", "4M", "--rounds", "2", "--output", str(file), *works)
     assert done.returncode == 0, done.stderr
     assert str(file) in done.stdout
     run = json.loads(file.read_text())
@@ -78,7 +79,10 @@ def test_all_usable_drivers_run_all_workloads(scratch: Path, tmp_path: Path) -> 
     steps = {
         (b["extra_info"]["target"], b["extra_info"]["workload"], b["extra_info"]["step"]) for b in run["benchmarks"]
     }
-    assert steps == {(driver, work, step) for driver in drivers for work, names in _STEPS.items() for step in names}
+    expected = {(driver, work, step) for driver in drivers for work, names in _STEPS.items() for step in names}
+    control = {step for step in steps if step[0] == "native"}
+    assert steps - control == expected
+    assert {work for _, work, _ in control} == set(_STEPS) - {"diff-apply", "layer-lifecycle"}
     for driver in drivers:
         assert driver in done.stdout
         assert run["layerfs"]["fingerprint"]["targets"][driver]["driver"] == driver
@@ -117,7 +121,7 @@ def test_json_is_the_run_file_and_nothing_else(scratch: Path, tmp_path: Path) ->
 
 def test_the_run_file_goes_to_results_where_there_is_one(scratch: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    arguments = ["--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "seqwrite-new"]
+    arguments = ["--driver", "vfs", "--no-native", "--size", "1M", "--rounds", "1", "--workload", "seqwrite-new"]
     done = subprocess.run(
         [*_COMMAND, "--scratch", str(scratch), *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
     )
@@ -172,7 +176,8 @@ def test_an_interrupt_at_any_moment_leaves_nothing_and_ends_with_130(scratch: Pa
     source = random.Random()
     for attempt in range(6):
         delay, number = source.uniform(0, 4), source.choice([signal.SIGINT, signal.SIGTERM])
-        command = [*_COMMAND, "--scratch", str(scratch), "--driver", driver, "--size", "16M", "--rounds", "100"]
+        command = [*_COMMAND, "--scratch", str(scratch), "--driver", driver]
+        command += ["--no-native", "--size", "16M", "--rounds", "100"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             _wait_for_handler(process.pid)
             time.sleep(delay)
@@ -223,7 +228,8 @@ def test_it_runs_without_root(scratch: Path) -> None:
     own, file = scratch / "own", scratch / "out"  # pytest's own directory is closed to other users
     for place in (own, file):
         subprocess.run([*prefix, "mkdir", str(place)], check=True)
-    command = [*_COMMAND, "--scratch", str(own), "--driver", "overlay2", "--size", "4M", "--rounds", "1"]
+    works = [word for name in _STEPS for word in ("--workload", name)]
+    command = [*_COMMAND, "--scratch", str(own), "--driver", "overlay2", "--size", "4M", "--rounds", "1", *works]
     done = subprocess.run(
         [*prefix, *command, "--output", str(file / "run.json")], capture_output=True, text=True, check=False
     )
