@@ -61,9 +61,14 @@ def check_usable() -> None:
         raise EnvironmentUnfit("the kernel has no ZFS; install the package zfs-dkms, or zfs-fuse, which needs none")
 
 
+def module_loaded() -> bool:
+    """Whether OpenZFS is in the kernel at this moment."""
+    return "\tzfs\n" in Path("/proc/filesystems").read_text()
+
+
 def load_module() -> None:
     """Have the kernel know OpenZFS, whose programs do not load its module themselves."""
-    if "\tzfs\n" not in Path("/proc/filesystems").read_text():
+    if not module_loaded():
         run(["modprobe", "zfs"], "kmod")
 
 

@@ -240,9 +240,7 @@ class Zpool(Kind):
 
     def _is_gone(self) -> bool:
         """Whether nothing of the pool can be up, so that mounts of it are but leftovers."""
-        if self._daemon is not None:
-            return self._daemon.pid() is None
-        return False
+        return not zfs_tools.module_loaded() if self._daemon is None else self._daemon.pid() is None
 
     def _check_unused(self) -> None:
         """Raise `FailedPrecondition` naming mounts of the pool's datasets that are not ours."""
