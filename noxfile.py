@@ -25,7 +25,8 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
     install(session, "fuse", "test")
-    session.run("pytest", *session.posargs)
+    # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
+    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *session.posargs)
 
 
 @nox.session

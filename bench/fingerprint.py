@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import layerfs
+import layerfs.guest
 from layerfs import mounts
 from layerfs.bench import fio
 
@@ -39,6 +40,7 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
     """
     return {
         "kernel": f"{platform.system()} {platform.release()} {platform.version()}",
+        "guest": _guest(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory": {"total": _memory("MemTotal"), "available": _memory("MemAvailable"), "limit": _memory_limit()},
         "vm": {name: _read(Path("/proc/sys/vm", name)) for name in _WRITE_BACK},
@@ -49,6 +51,12 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
         "versions": {**{name: _version(name) for name in _DEPENDENCIES}, "fio": fio.version()},
         "targets": dict(targets),
     }
+
+
+def _guest() -> dict[str, str] | None:
+    """The kind of guest whose kernel this is, and its host; None on a host."""
+    guest = layerfs.guest.here()
+    return {"kind": guest.kind, "host": guest.host} if guest else None
 
 
 def storage(place: Path) -> dict[str, object]:

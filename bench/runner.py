@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import layerfs.guest
 from layerfs.bench import caches, fingerprint
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.interrupts import Interrupts
@@ -168,6 +169,8 @@ def _settled(work: Workload, layer: Layer) -> Reached | None:
 def _conditions(place: Path) -> list[str]:
     """What makes this host, as it is now, a poor place to measure on."""
     notes = []
+    if guest := layerfs.guest.here():
+        notes.append(f"measured in a guest ({guest.kind}): compare these figures only with others of such a guest")
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > cpus / 2:
         notes.append(f"other work was running (a load of {load:.1f} on {cpus} processors), which blurs every figure")

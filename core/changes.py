@@ -35,6 +35,9 @@ _Inode = tuple[int, int]  # device and number
 Unchanged = Callable[[os.stat_result, os.stat_result], bool]
 """Says of a path's status in the old and the new tree that it surely is the same inode with the same content."""
 
+HiddenBy = Callable[[int, bytes, os.stat_result], bytes | None]
+"""Says which name an entry of a union's upper directory hides, see `compare_upper`."""
+
 _ADDED, _MODIFIED, _DELETED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.DELETED
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK: Final = 1 << 19
@@ -61,7 +64,7 @@ def compare_upper(
     old: int,
     new: int,
     upper: int,
-    is_whiteout: Callable[[int, bytes, os.stat_result], bool],
+    hidden_by: HiddenBy,
     is_opaque: Callable[[int], bool],
 ) -> Iterator[Change]:
     """The same changes as `compare`, found by walking only what a union's upper directory holds.
@@ -72,11 +75,12 @@ def compare_upper(
     Args:
         old, new: directory descriptors of the parent's tree and of the union of it and ``upper``.
         upper: directory descriptor of the union's own directory.
-        is_whiteout: whether the entry of this name and status in this directory of the upper hides that name.
+        hidden_by: which name the entry of this name and status in this directory of the upper hides; None if it is no
+            whiteout, ``b""`` if it is none but the union's own all the same.
         is_opaque: whether this directory of the upper hides all that lower layers have in it.
     """
     try:
-        return _GuidedByUpper(old, new, upper, is_whiteout, is_opaque).changes()
+        return _GuidedByUpper(old, new, upper, hidden_by, is_opaque).changes()
     except _LinksElsewhere:
         return compare(old, new, unchanged=_same_inode)
 
@@ -329,12 +333,12 @@ class _GuidedByUpper(_Guided):
         old: int,
         new: int,
         upper: int,
-        is_whiteout: Callable[[int, bytes, os.stat_result], bool],
+        hidden_by: HiddenBy,
         is_opaque: Callable[[int], bool],
     ) -> None:
         super().__init__(old, new)
         self._upper = upper
-        self._is_whiteout = is_whiteout
+        self._hidden_by = hidden_by
         self._is_opaque = is_opaque
 
     def _look(self, path: bytes) -> list[Change | _Visit]:
@@ -344,12 +348,22 @@ class _GuidedByUpper(_Guided):
             if self._is_opaque(upper):
                 return self._look_everywhere(path)
             with directory(self._old, path) as old, directory(self._new, path) as new:
-                for name in names(upper):
-                    status = _status(upper, name)
-                    hidden = status is not None and self._is_whiteout(upper, name, status)
+                for name, hidden in sorted(self._held(upper).items()):
                     now = None if hidden else _status(new, name)
                     items += self._entry(_joined(path, name), (old, _status(old, name)), (new, now), self._look)
         return items
+
+    def _held(self, upper: int) -> dict[bytes, bool]:
+        """The names that a directory of the upper says something of, and whether that they are hidden."""
+        held: dict[bytes, bool] = {}
+        for name in names(upper):
+            status = _status(upper, name)
+            hidden = None if status is None else self._hidden_by(upper, name, status)
+            if hidden is None:
+                held[name] = False
+            elif hidden:
+                held.setdefault(hidden, True)  # an entry of the same layer is not hidden
+        return held
 
 
 def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]:

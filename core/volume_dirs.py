@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from layerfs import mounts
 from layerfs.errors import FailedPrecondition
 
 _NEW, _CONDEMNED = ".new-", ".rm-"
@@ -44,14 +45,16 @@ class VolumeDirs:
         condemned = self._root / f"{_CONDEMNED}{volume}"
         self._destroy(self._root / f"{_NEW}{volume}")
         self._destroy(condemned)
+        # A mount inside would stop it when it has been taken apart half-way.
+        if mounts.below(self.path(volume)):
+            raise _in_use(volume)
         try:
             os.rename(self.path(volume), condemned)
         except FileNotFoundError:
             return
         except OSError as error:
             if error.errno == errno.EBUSY:
-                text = f"removing the volume {volume!r}: something is mounted on it; unmount it first"
-                raise FailedPrecondition(text) from error
+                raise _in_use(volume) from error
             raise
         self._destroy(condemned)
 
@@ -63,6 +66,10 @@ class VolumeDirs:
             if not volume.startswith(".") and volume not in seen:
                 seen.add(volume)
                 yield volume
+
+
+def _in_use(volume: str) -> FailedPrecondition:
+    return FailedPrecondition(f"removing the volume {volume!r}: something is mounted on it; unmount it first")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import errno
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,11 @@ _EXTENT_PLACE = struct.Struct("<QQ")  # and then, if it is not inline: address a
 _INLINE = 0
 
 _RENAME_EXCHANGE = 2
+
+_NEARLY_FULL = 20
+"""Less than this part of the file system is free: then removals wait until their space is."""
+_PATIENCE = 15.0
+"""Seconds that they wait at most."""
 
 
 class BtrfsDriver(SnapshotDriver):
@@ -221,6 +227,25 @@ class BtrfsDriver(SnapshotDriver):
             # Newer kernels (6.10) remove the group by themselves, once the last block is freed; until then it is busy.
             with contextlib.suppress(OSError):
                 btrfs.destroy_quota_group(root, number)
+            if _is_nearly_full(root):
+                _wait_until_freed(root, number)
+
+
+def _is_nearly_full(fd: int) -> bool:
+    space = os.fstatvfs(fd)
+    return space.f_bavail < space.f_blocks // _NEARLY_FULL
+
+
+def _wait_until_freed(root: int, number: int) -> None:
+    """Wait for the kernel's cleaner to give back the blocks of a deleted subvolume, at most a while."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        btrfs.sync(root)
+        left = btrfs.search(root, btrfs.ROOT_TREE, objectids=(number, number), types=(btrfs.ROOT_ITEM_KEY,) * 2)
+        if next(iter(left), None) is None:
+            break
+        time.sleep(0.05)
+    btrfs.sync(root)  # what was freed can be used when that transaction is over
 
 
 def _tried(place: Path) -> Probe:

@@ -1,9 +1,9 @@
 """overlay2: the kernel's own union mount (Documentation/filesystems/overlayfs.rst).
 
-Whiteouts are character devices 0:0, as the kernel makes them itself; where none may be made, empty files with the
-attribute ``overlay.whiteout`` in a directory marked ``overlay.opaque=x`` (Linux 6.7). The attributes are called
-``trusted.overlay.…``, or ``user.overlay.…`` with the mount option ``userxattr`` in a user namespace; a store that was
-begun in one keeps that for good.
+Whiteouts are character devices 0:0, as the kernel makes them itself. Those that others wrote as empty files with the
+attribute ``overlay.whiteout`` in a directory marked ``overlay.opaque=x`` (Linux 6.7) are understood. The attributes are
+called ``trusted.overlay.…``, or ``user.overlay.…`` with the mount option ``userxattr`` in a user namespace; a store
+that was begun in one keeps that for good.
 
 Options that decide what a layer looks like are given on every mount, so that no module parameter changes them:
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from layerfs import mounts
+from layerfs.apply import NeedsParents
 from layerfs.driver import Capability, Mount, Probe, Problem, Whiteouts
 from layerfs.errors import Damaged, EnvironmentUnfit, InvalidArgument, LayerfsError, refused
 from layerfs.kernel.handles import file_handle
@@ -88,15 +89,16 @@ class Overlay2Driver(UnionDriver):
     def whiteouts(self) -> Whiteouts:
         return OverlayWhiteouts(self._prefix)
 
-    def is_whiteout(self, dir_fd: int, name: bytes, info: os.stat_result) -> bool:
+    def hidden_by(self, dir_fd: int, name: bytes, info: os.stat_result) -> bytes | None:
         if stat.S_ISCHR(info.st_mode):
-            return info.st_rdev == 0
-        return (
+            return name if info.st_rdev == 0 else None
+        marked = (
             stat.S_ISREG(info.st_mode)
             and info.st_size == 0
             and _attribute(b"/proc/self/fd/%d/%s" % (dir_fd, name), f"{self._prefix}whiteout") is not None
             and _attribute(dir_fd, f"{self._prefix}opaque") == b"x"
         )
+        return name if marked else None
 
     def is_opaque(self, dir_fd: int) -> bool:
         return _attribute(dir_fd, f"{self._prefix}opaque") == b"y"
@@ -274,11 +276,13 @@ class Overlay2Driver(UnionDriver):
 
 
 class OverlayWhiteouts:
-    """Deletions as kernel overlayfs marks them, see `layerfs.driver.Whiteouts`."""
+    """Deletions as kernel overlayfs marks them, see `layerfs.driver.Whiteouts`.
+
+    Where mknod(2) of the device 0:0 is forbidden, `hide` raises `NeedsParents`: a mount can still delete there.
+    """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._devices = True
 
     def hide(self, dir_fd: int, name: bytes) -> None:
         remove_tree(dir_fd, name)
@@ -288,36 +292,13 @@ class OverlayWhiteouts:
         # that a whiteout for something that no lower layer has is not seen as a file.
         with contextlib.suppress(FileExistsError):
             os.setxattr(dir_fd, f"{self._prefix}origin", b"", os.XATTR_CREATE)
-        if self._devices:
-            try:
-                os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=dir_fd)
-                return
-            except PermissionError:
-                self._devices = False
-        self._hide_by_attribute(dir_fd, name)
+        try:
+            os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=dir_fd)
+        except PermissionError as error:
+            raise NeedsParents("mknod of a whiteout is forbidden here") from error
 
     def make_opaque(self, dir_fd: int) -> None:
-        if _attribute(dir_fd, f"{self._prefix}opaque") == b"x":
-            self._remove_attribute_whiteouts(dir_fd)
         os.setxattr(dir_fd, f"{self._prefix}opaque", b"y")
-
-    def _hide_by_attribute(self, dir_fd: int, name: bytes) -> None:
-        if _kernel() < (6, 7):
-            raise EnvironmentUnfit(
-                "whiteouts cannot be made here: mknod is forbidden, and attributes for them need Linux 6.7; "
-                "allow mknod of the device 0:0, or use another driver"
-            )
-        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0, dir_fd=dir_fd)
-        try:
-            os.setxattr(fd, f"{self._prefix}whiteout", b"")
-        finally:
-            os.close(fd)
-        os.setxattr(dir_fd, f"{self._prefix}opaque", b"x")
-
-    def _remove_attribute_whiteouts(self, dir_fd: int) -> None:
-        for name in os.listdir(b"/proc/self/fd/%d" % dir_fd):
-            if _attribute(b"/proc/self/fd/%d/%s" % (dir_fd, name), f"{self._prefix}whiteout") is not None:
-                os.unlink(name, dir_fd=dir_fd)
 
 
 def _settings(options: Mapping[str, str]) -> dict[str, str]:
@@ -335,10 +316,6 @@ def _settings(options: Mapping[str, str]) -> dict[str, str]:
 
 def _escaped(path: Path) -> str:
     return re.sub(r"([\\,:])", r"\\\1", str(path))
-
-
-def _kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def _attribute(file: int | bytes, key: str) -> bytes | None:

@@ -36,7 +36,10 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
-_LATE = {"bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them.")}
+_LATE = {
+    "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
+    "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
+}
 
 _EXIT_CODES = """\b
 Exit codes:

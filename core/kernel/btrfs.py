@@ -15,7 +15,8 @@ from layerfs.kernel.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 ROOT_INODE = 256
 """The inode number of every subvolume's root directory."""
 
-QUOTA_TREE = 8
+ROOT_TREE, QUOTA_TREE = 1, 8
+ROOT_ITEM_KEY = 132
 QGROUP_INFO_KEY = 242
 INODE_ITEM_KEY, INODE_REF_KEY, XATTR_ITEM_KEY, DIR_ITEM_KEY, DIR_INDEX_KEY, EXTENT_DATA_KEY = 1, 12, 24, 84, 96, 108
 

@@ -1,0 +1,37 @@
+"""What several test modules share: stores of every driver, of which nothing stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from layerfs import registry
+from layerfs.backing import Backing, BackingSpec
+from layerfs.errors import NotFound
+from layerfs.store import Store
+
+MakeStore = Callable[..., Store]
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Iterator[MakeStore]:
+    """Makes stores, ``make_store(driver, name="store", **options)``; all of them are gone at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(driver: str, name: str = "store", **options: object) -> Store:
+            root = tmp_path / name
+            if "backing" not in options and registry.load(driver).needs.filesystems and not root.exists():
+                options["backing"] = BackingSpec(registry.load(driver).needs.filesystems[0], size=512 << 20)
+            stack.callback(take_away, root)
+            return stack.enter_context(Store(root, driver, **options))  # type: ignore[arg-type]
+
+        yield make
+
+
+def take_away(root: Path) -> None:
+    """The backing of a store, which pytest's own directories would keep for a while."""
+    with contextlib.suppress(NotFound):
+        Backing(root).destroy()
