@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from layerfs.backings import zfs_tools
 from layerfs.backings.zfs_fuse import Daemon
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
 from layerfs.backings.zpool import LOCK
-from layerfs.changes import compare
+from layerfs.changes import compare, compare_paths
 from layerfs.driver import BackingNeed, Capability, Change, Mount, Probe, Problem, Usage
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, refused
 from layerfs.kernel.libc import check as checked
@@ -89,7 +90,8 @@ class ZfsDriver(SnapshotDriver):
 
     @property
     def capabilities(self) -> Capability:
-        return Capability.SIZE_LIMIT | Capability.NATIVE_USAGE | Capability.BLOCK_COW
+        common = Capability.SIZE_LIMIT | Capability.NATIVE_USAGE | Capability.BLOCK_COW
+        return common if self._in_user_space else common | Capability.NATIVE_CHANGES
 
     @property
     def time_granularity(self) -> int:
@@ -205,7 +207,10 @@ class ZfsDriver(SnapshotDriver):
 
     def changes(self, volume: str, parents: Sequence[str], old: int | None, new: int) -> Iterator[Change]:
         known = None if old is None else self.unchanged(volume, parents)
-        yield from compare(old, new, unchanged=known, unchanged_attributes=not self._in_user_space)
+        if old is not None and not self._in_user_space and (paths := self._written_to(volume, parents[0])) is not None:
+            yield from compare_paths(old, new, paths, unchanged=known)
+        else:
+            yield from compare(old, new, unchanged=known, unchanged_attributes=not self._in_user_space)
 
     def unchanged(
         self,
@@ -332,6 +337,24 @@ class ZfsDriver(SnapshotDriver):
             return Damaged(f"{step}: {error.words}; run `layerfs check`")
         return LayerfsError(f"{step}: {error.words}")
 
+    def _written_to(self, volume: str, parent: str) -> set[bytes] | None:
+        """Paths of all that zfs-diff(8) finds to differ from the parent; None where it cannot tell."""
+        place = self._dataset(volume)
+        with _mounted(place) as top:
+            try:
+                text = self._tools.patient("diff", "-H", self._snapshot(parent), place)
+            except ZfsRefused:
+                return None
+            prefix = os.fsencode(top)
+        found = set()
+        for line in text.encode(errors="surrogateescape").splitlines():
+            for path in line.split(b"\t")[1:]:
+                plain = re.sub(rb"\\0([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
+                if not plain.startswith(prefix):
+                    return None
+                found.add(plain[len(prefix) :].strip(b"/"))
+        return found
+
     # Mounts of zfs-fuse
 
     def _show(self, volume: str) -> None:
@@ -415,6 +438,22 @@ def _dataset_at(path: Path) -> mounts.MountPoint | None:
         key=lambda point: (len(point[1].target.parts), point[0]),
     )[1]
     return found if found.type in zfs_tools.TYPES else None
+
+
+@contextlib.contextmanager
+def _mounted(dataset: str) -> Iterator[Path]:
+    """Where a dataset is mounted; if nowhere, at a private place for as long as the context lasts."""
+    for point in mounts.table():
+        if (point.type, point.source, point.root) == ("zfs", dataset, "/"):
+            yield point.target
+            return
+    with tempfile.TemporaryDirectory(prefix="layerfs-") as place:
+        target = Path(os.path.realpath(place))
+        mounts.attach([Mount("zfs", dataset, ("ro",))], target)
+        try:
+            yield target
+        finally:
+            mounts.unmount(target, lazy=True)
 
 
 def _encoded(inside: Path) -> str:

@@ -15,7 +15,7 @@ from layerfs.backings.zfs_fuse import PACKAGE as FUSE_PACKAGE
 from layerfs.backings.zfs_fuse import Daemon
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError, OutOfSpace
 from layerfs.probing import kernel_knows
-from layerfs.programs import find, search_path, tool
+from layerfs.programs import find, run, search_path, tool
 
 _PACKAGE = "zfsutils-linux"
 _BUSY_SECONDS = 3.0  # datasets are busy for moments after an unmount
@@ -59,6 +59,17 @@ def check_usable() -> None:
         raise EnvironmentUnfit(f"ZFS is not installed; install the package {_PACKAGE}, or {FUSE_PACKAGE} (user space)")
     elif not kernel_knows("zfs"):
         raise EnvironmentUnfit("the kernel has no ZFS; install the package zfs-dkms, or zfs-fuse, which needs none")
+
+
+def module_loaded() -> bool:
+    """Whether OpenZFS is in the kernel at this moment."""
+    return "\tzfs\n" in Path("/proc/filesystems").read_text()
+
+
+def load_module() -> None:
+    """Have the kernel know OpenZFS, whose programs do not load its module themselves."""
+    if not module_loaded():
+        run(["modprobe", "zfs"], "kmod")
 
 
 class Tools:

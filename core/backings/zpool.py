@@ -166,8 +166,11 @@ class Zpool(Kind):
             raise LayerfsError(f"making a pool on {place!r}: {error.words}") from error
 
     def _start(self) -> None:
-        """With zfs-fuse: have its daemon run, and what it mounts seen here."""
-        if self._daemon is None or self._daemon.is_there():
+        """Have the kernel's module loaded, or else the daemon run and what it mounts seen here."""
+        if self._daemon is None:
+            zfs_tools.load_module()
+            return
+        if self._daemon.is_there():
             return
         self._clear_dead()
         if self._mount_point() is None:
@@ -237,9 +240,7 @@ class Zpool(Kind):
 
     def _is_gone(self) -> bool:
         """Whether nothing of the pool can be up, so that mounts of it are but leftovers."""
-        if self._daemon is not None:
-            return self._daemon.pid() is None
-        return False
+        return not zfs_tools.module_loaded() if self._daemon is None else self._daemon.pid() is None
 
     def _check_unused(self) -> None:
         """Raise `FailedPrecondition` naming mounts of the pool's datasets that are not ours."""
