@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,14 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=True)
     yield tmp_path
     mounts.unmount(tmp_path)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="layerfs-aufs-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 def test_it_is_called_as_fuse_overlayfs_is(union: Union, tmp_path: Path) -> None:
@@ -329,6 +338,39 @@ def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path) -> None:
             mounts.unmount(tmp_path / "mnt")
     finally:
         mounts.unmount(small)
+
+
+@pytest.mark.parametrize("inner", ["", "unshare --user --map-root-user --mount"], ids=["fusermount3", "user namespace"])
+def test_it_works_without_root(public: Path, inner: str) -> None:
+    """As nobody, who has got /dev/fuse; elsewhere udev gives it to everybody."""
+    union = Union(public)
+    (union.lower / "dir").mkdir()
+    (union.lower / "dir" / "file").write_bytes(b"below\n")
+    for path in (union.lower, union.lower / "dir", union.lower / "dir" / "file", union.upper, union.work, union.target):
+        os.chown(path, 65534, 65534)
+    device = public / "fuse"
+    os.mknod(device, 0o020666, os.makedev(10, 229))
+    device.chmod(0o666)
+    act = """
+        "$1" -o "$3" "$2"
+        cat "$2/dir/file"
+        echo more >>"$2/dir/file"
+        mv "$2/dir" "$2/moved"
+        rm "$2/moved/file"
+        echo new >"$2/new"
+        fusermount3 -u "$2" || umount "$2"
+    """
+    outer = 'mount --bind "$1" /dev/fuse; shift; exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    command = ["unshare", "--mount", "sh", "-euc", outer, "sh", str(device), *inner.split()]
+    command += ["sh", "-euc", act, "sh", PROGRAM or "", str(union.target), union.options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Permission denied" in done.stderr and "layerfs-aufs" in done.stderr and "python" in done.stderr:
+        pytest.skip("nobody may not run this environment's interpreter")
+    assert (done.returncode, done.stdout) == (0, "below\n"), done.stderr
+    assert union.wait_for_end()
+    assert sorted(os.listdir(union.upper)) == [".wh.dir", "moved", "new"]
+    assert os.listdir(union.upper / "moved") == []
+    assert (union.lower / "dir" / "file").read_bytes() == b"below\n"
 
 
 def test_a_directory_of_100_000_entries(memory: Path) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the operations make d
 
 
 @given(below=operations(most=20), middle=operations(most=15), above=operations(most=30))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_union_does_what_a_directory_does(
     below: list[Operation], middle: list[Operation], above: list[Operation]
 ) -> None:
