@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import grpc
@@ -49,7 +45,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="request"))
         sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
         server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(listening.stop_signals())
         with listening.private(socket):
             if not server.add_insecure_port(f"unix:{socket}"):
                 raise InvalidArgument(f"a socket cannot be made at {str(socket)!r}; choose another path")
@@ -77,19 +73,3 @@ def _check_root(root: Path) -> None:
 def _forget(socket: Path) -> None:
     with contextlib.suppress(OSError):
         socket.unlink(missing_ok=True)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Ready configuration of engines and of systemd for the server, as texts."""
+"""Ready configuration of engines and of systemd for the servers, as texts."""
 
 from __future__ import annotations
 
@@ -39,19 +39,29 @@ def engine_config(socket: Path, root: Path) -> str:
 """
 
 
-def units(program: str, socket: Path, root: Path) -> str:
-    """systemd's units for the server: a service, and a socket that starts it."""
+def docker_config(socket: Path) -> str:
+    """What Docker 20.10 to 26 needs in its configuration to use the server at ``socket``."""
     return f"""\
-# /etc/systemd/system/layerfs-containerd.service
+{{
+  "experimental": true,
+  "storage-driver": "{socket.stem}"
+}}
+"""
+
+
+def units(engine: str, program: str, socket: Path, root: Path) -> str:
+    """systemd's units for the server for ``engine``: a service, and a socket that starts it."""
+    return f"""\
+# /etc/systemd/system/layerfs-{engine}.service
 [Unit]
-Description=layerfs snapshotter for containerd
-Before=containerd.service
+Description=layerfs for {engine}
+Before={engine}.service
 
 [Service]
 Type=notify
-ExecStart={_quoted(program)} serve containerd --root {_quoted(str(root))} --socket {_quoted(str(socket))}
+ExecStart={_quoted(program)} serve {engine} --root {_quoted(str(root))} --socket {_quoted(str(socket))}
 Restart=on-failure
-# Mounts of a store are seen by the engine: no mount namespace of its own.
+# The engine has to see the mounts of the store: no mount namespace of its own.
 PrivateMounts=no
 KillMode=mixed
 TimeoutStopSec=45
@@ -59,9 +69,9 @@ TimeoutStopSec=45
 [Install]
 WantedBy=multi-user.target
 
-# /etc/systemd/system/layerfs-containerd.socket
+# /etc/systemd/system/layerfs-{engine}.socket
 [Unit]
-Description=Socket of the layerfs snapshotter for containerd
+Description=Socket of layerfs for {engine}
 
 [Socket]
 ListenStream={socket}
