@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -238,16 +239,30 @@ def _detached_bind(mount: Mount) -> int:
 
 
 def _detached_new(mount: Mount) -> int:
-    # zfs has one superblock for a dataset, and refuses (EBUSY) to show it read-only where it is mounted writable, and
-    # the other way round. What is only looked at is therefore read-only as a mount, and as a whole only if it must be.
-    if mount.type != "zfs" or not mount.read_only:
+    if not (mount.read_only and _has_one_superblock(mount)):
         return _detached_superblock(mount, read_only=mount.read_only)
     try:
         return _detached_superblock(mount, read_only=False)
     except OSError as error:
-        if error.errno != errno.EBUSY:
+        if error.errno not in _ONLY_READ_ONLY:
             raise
     return _detached_superblock(mount, read_only=True)
+
+
+def _has_one_superblock(mount: Mount) -> bool:
+    """Whether all mounts of the source share one superblock: with a block device, and with zfs.
+
+    The kernel refuses (EBUSY) to show it read-only where it is mounted writable, and the other way round. What is only
+    looked at is therefore read-only as a mount, and as a whole only if it must be.
+    """
+    try:
+        return mount.type == "zfs" or stat.S_ISBLK(os.stat(mount.source).st_mode)
+    except OSError:
+        return False
+
+
+_ONLY_READ_ONLY = frozenset({errno.EBUSY, errno.EACCES, errno.EROFS})
+"""What the kernel says to a writable mount of what can only be mounted read-only."""
 
 
 def _detached_superblock(mount: Mount, *, read_only: bool) -> int:
@@ -302,15 +317,28 @@ def _mount_classic(mount: Mount, target: str) -> None:
         recursive = api.MS_REC if "rbind" in mount.options else 0
         api.mount(mount.source, target, "", api.MS_BIND | recursive)
         if flags:
-            try:
-                api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
-            except OSError:
-                api.umount(target, api.MNT_DETACH)
-                raise
+            _remount(target, flags)
         return
+    late = flags & api.MS_RDONLY if _has_one_superblock(mount) else 0
     with ExitStack() as stack:
-        data = ",".join(_classic_options(mount, stack))
-        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, os.fsencode(data)))
+        data = os.fsencode(",".join(_classic_options(mount, stack)))
+        try:
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags & ~late, data))
+        except OSError as error:
+            if not late or error.errno not in _ONLY_READ_ONLY:
+                raise
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, data))
+    if late:
+        _remount(target, flags)
+
+
+def _remount(target: str, flags: int) -> None:
+    """Change the flags of the mount at ``target``, not those of its file system."""
+    try:
+        api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
+    except OSError:
+        api.umount(target, api.MNT_DETACH)
+        raise
 
 
 def _classic_options(mount: Mount, stack: ExitStack) -> Iterator[str]:

@@ -19,6 +19,7 @@ GROUP = "layerfs.drivers"
 OWN = {
     "aufs": "layerfs.drivers.aufs.driver:AufsDriver",
     "btrfs": "layerfs.drivers.btrfs:BtrfsDriver",
+    "devicemapper": "layerfs.drivers.devicemapper:DevicemapperDriver",
     "overlay2": "layerfs.drivers.overlay2:Overlay2Driver",
     "vfs": "layerfs.drivers.vfs:VfsDriver",
     "zfs": "layerfs.drivers.zfs:ZfsDriver",

@@ -14,6 +14,7 @@ KINDS = {
     "dir": "layerfs.backings.directory:Directory",
     "btrfs": "layerfs.backings.filesystem:FileSystem",
     "ext4": "layerfs.backings.filesystem:FileSystem",
+    "thinpool": "layerfs.backings.thinpool:ThinPool",
     "xfs": "layerfs.backings.filesystem:FileSystem",
     "zfs": "layerfs.backings.zpool:Zpool",
 }
