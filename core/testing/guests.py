@@ -100,7 +100,7 @@ def _run(kind: str, items: list[pytest.Item]) -> _Reports:
         result = subprocess.run(
             [sys.executable, *guest, sys.executable, *inner, *paths],
             cwd=config.rootpath,
-            env=os.environ | {"TMPDIR": "/var/tmp", "PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ | {"TMPDIR": "/var/tmp", "PYTHONDONTWRITEBYTECODE": "1"},  # noqa: S108 - /tmp is in memory
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
