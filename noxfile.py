@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,17 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
     install(session, "fuse", "serve", "test")
-    session.run("pytest", *session.posargs)
+    # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
+    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *session.posargs)
+
+
+@nox.session
+def openzfs(session: nox.Session) -> None:
+    """The zfs tests on OpenZFS, in a guest that is prepared the first time; arguments go to pytest there."""
+    install(session, "fuse", "guest", "test")
+    processors = str(len(os.sched_getaffinity(0)))
+    guest = ("layerfs", "guest", "--kind=qemu", "--memory=3G", f"--cpus={processors}", "--timeout=2400", "--")
+    session.run(*guest, "pytest", *(session.posargs or ["tests/test_zfs.py"]))
 
 
 @nox.session

@@ -44,7 +44,8 @@ class CopyupFirstWrite(Workload):
             os.close(file)
         steps = ("open", "first write", "fsync", "second write")
         timings = [Timing(step, end - begin) for step, begin, end in zip(steps, times, times[1:], strict=False)]
-        return [Timing("make the layer", layer.created), *timings]
+        made = [Timing("make the layer", layer.created)] if layer.created is not None else []
+        return [*timings, *made]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes copied up": layer.grown}
+        return {"bytes copied up": layer.grown, "bytes when fresh": layer.fresh_size}

@@ -19,6 +19,7 @@ class DiffApply(Workload):
     name = "diff-apply"
     summary = "apply a layer tar of a thousand files; make the diff of as many files just written"
     mounted = False
+    about_layers = True
 
     files: int = 1000
     most: int = 64 << 20

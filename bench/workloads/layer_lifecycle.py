@@ -20,6 +20,7 @@ class LayerLifecycle(Workload):
     name = "layer-lifecycle"
     summary = "make, mount, unmount and remove a layer over a small parent, many times, each step apart"
     mounted = False
+    about_layers = True
 
     repetitions: int = 20
     files: int = 500
