@@ -184,10 +184,10 @@ def test_an_image_is_built(docker: Docker) -> None:
     context.mkdir()
     (context / "file").write_text("copied\n")
     steps = [f"FROM {IMAGE}", "COPY file /data/", "RUN echo run >> /data/file && rm /etc/passwd", 'CMD ["/bin/ls"]']
-    steps += [f"RUN echo {number} > /step{number}" for number in range(5)]
+    steps += [f"RUN echo {number} > /step{number}" for number in range(2)]
     (context / "Dockerfile").write_text("\n".join([*steps, ""]))
     docker("build", "--network", "none", "--tag", "bb:built", context)
-    assert docker.run("--rm", "bb:built", "/bin/sh", "-c", f"cat /data/file /step4; {GONE}") == "copied\nrun\n4\ngone"
+    assert docker.run("--rm", "bb:built", "/bin/sh", "-c", f"cat /data/file /step1; {GONE}") == "copied\nrun\n1\ngone"
     assert len(docker("history", "-q", "bb:built").splitlines()) == len(steps)
     docker("rmi", "bb:built")
 
