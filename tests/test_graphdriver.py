@@ -34,9 +34,9 @@ class Client:
         self.path = path
 
     def connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("localhost", timeout=60)
+        connection = http.client.HTTPConnection("localhost", timeout=120)
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(60)
+        connection.sock.settimeout(120)
         connection.sock.connect(str(self.path))
         return connection
 
