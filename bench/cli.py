@@ -27,7 +27,7 @@ from layerfs.errors import EnvironmentUnfit, InvalidArgument
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
-_PIPE_WIDTH = 200  # where no terminal tells its own
+PIPE_WIDTH = 200  # where no terminal tells its own
 
 
 @click.command()
@@ -105,7 +105,7 @@ def bench(
             memory=parse_size(memory) if memory else None,
         )
         kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
-        with _progress(errors) as progress:
+        with bar(errors) as progress:
             run = runner.run(plan, interrupts, progress, kept)
         _report(run, output, as_json, errors)
         if kept:
@@ -150,7 +150,7 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
 
 
 @contextmanager
-def _progress(errors: Console) -> Iterator[runner.Progress]:
+def bar(errors: Console) -> Iterator[runner.Progress]:
     """A bar, on a terminal."""
     if not errors.is_terminal:
         yield lambda _text, _part: None
@@ -174,7 +174,7 @@ def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> No
     if as_json:
         print_json(contents)
     else:
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table.render(run))
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
     for warning in run.warnings:
         errors.print(f"Note: {warning}", markup=False)
     click.echo(f"Run file: {file}", err=as_json)

@@ -208,8 +208,9 @@ def _wait_for_handler(pid: int) -> None:
 def test_what_a_killed_run_left_goes_with_the_next_one(scratch: Path, tmp_path: Path) -> None:
     command = [*_COMMAND, "--scratch", str(scratch), "--driver", "overlay2", "--size", "16M", "--rounds", "100"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        _wait_for_handler(process.pid)
-        time.sleep(2)
+        while process.poll() is None and not list(scratch.glob("*/overlay2")):
+            time.sleep(0.1)
+        time.sleep(1)
         process.kill()
     assert os.listdir(scratch), "it was killed in the middle"
     arguments = ("--size", "1M", "--rounds", "1", "--workload", "seqwrite-new", "--output", str(tmp_path / "run.json"))

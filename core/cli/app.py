@@ -37,7 +37,11 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
-_LATE = {"bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them.")}
+_LATE = {
+    "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
+    "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
+    "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
+}
 
 _EXIT_CODES = """\b
 Exit codes:
