@@ -94,7 +94,7 @@ def bench(
             targets.insert(0, NATIVE)
         plan = runner.Plan(
             targets=targets,
-            workloads=workload.chosen(wanted, sizes, seed, full=usual.sweeps),
+            workloads=workload.chosen(_possible(wanted, names, errors), sizes, seed, full=usual.sweeps),
             size=max(sizes),
             rounds=rounds,
             seed=seed,
@@ -110,6 +110,18 @@ def bench(
         _report(run, output, as_json, errors)
         if kept:
             kept.finish()
+
+
+def _possible(wanted: list[str], named: tuple[str, ...], errors: Console) -> list[str]:
+    """Without the workloads that this host cannot measure, which are said; one that was named is refused."""
+    known = workload.discover()
+    reasons = {name: known[name].hindrance() for name in wanted or known if name in known}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    if named and refused:
+        raise EnvironmentUnfit("; ".join(f"the workload {name!r}: {reason}" for name, reason in refused.items()))
+    for name, reason in refused.items():
+        errors.print(f"Left out: {name}: {reason}", markup=False)
+    return [name for name in wanted or known if name not in refused]
 
 
 def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:

@@ -108,8 +108,15 @@ class StoreTarget(Target):
         tree = self.mount(key)
         with self._interrupts.allowed():
             base.fill(tree)
+        top = base.key if base.depth == 1 else f"{base.key} 1"
         with self._interrupts.held():
-            self._store.commit(base.key, key)
+            self._store.commit(top, key)
+        for number in range(2, base.depth + 1):
+            below, top = top, base.key if number == base.depth else f"{base.key} {number}"
+            with self._interrupts.held():
+                self._store.prepare(key, below)
+                (self._store.mount(key) / f"layer-{number}").write_text(str(number))
+                self._store.commit(top, key)
 
     def create(self, key: str, base: Base | None) -> None:
         with self._interrupts.held():

@@ -100,6 +100,11 @@ class Workload(ABC):
         """Whether these parameters go together (a block is not larger than the file)."""
         return True
 
+    @classmethod
+    def hindrance(cls) -> str:
+        """Why it cannot be measured on this host; "" where it can."""
+        return ""
+
     @property
     def base(self) -> Base | None:
         """The committed layer that a sample's layer stands on; None for a layer without parent."""
