@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import layerfs.guest
 from layerfs import registry
 from layerfs.bench import calibration, runfile, runner, table, workload
 from layerfs.bench.interrupts import Interrupts
@@ -24,10 +26,13 @@ from layerfs.bench.results import Run
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json, print_table
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.guest import KINDS
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
 PIPE_WIDTH = 200  # where no terminal tells its own
+_GUEST_MEMORY, _MEMORY_OF_SIZES = 2 << 30, 6  # bytes, and times the large file, all of which stay cached when warm
+_GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
 @click.command()
@@ -45,6 +50,13 @@ PIPE_WIDTH = 200  # where no terminal tells its own
 @click.option("--backing", metavar="FS", help="File system for the drivers' data: dir, ext4, xfs or btrfs.")
 @click.option("--memory", help="Cap on memory and page cache, such as 512M.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory for the scratch stores [default: TMPDIR].")
+@click.option(
+    "--guest",
+    type=click.Choice(KINDS),
+    is_flag=False,
+    flag_value=KINDS[0],
+    help=f"Measure in a guest kernel of this kind [default kind: {KINDS[0]}].",
+)
 @json_option
 @click.option("--list", "listing", is_flag=True, help="List the workloads and end.")
 def bench(
@@ -62,9 +74,10 @@ def bench(
     backing: str | None,
     memory: str | None,
     scratch: Path | None,
+    guest: str | None,
     as_json: bool,
     listing: bool,
-) -> None:
+) -> int | None:
     """Measure drivers on this machine.
 
     Makes scratch stores of its own, measures every workload on layers fresh for each sample, prints a table and keeps
@@ -78,10 +91,12 @@ def bench(
     """
     if listing:
         _list(as_json)
-        return
+        return None
     usual = PROFILES[profile]
-    seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
+    if guest:
+        return _in_guest(guest, max(sizes), output, scratch)
+    seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
     place = (scratch or _default_scratch()).absolute()
     wanted = [name for given in names for name in given.split(",") if name] or list(usual.workloads)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -110,6 +125,38 @@ def bench(
         _report(run, output, as_json, errors)
         if kept:
             kept.finish()
+    return None
+
+
+def _in_guest(kind: str, size: int, output: Path | None, scratch: Path | None) -> int:
+    """Run the very same command in a guest, with the scratch stores on its disk."""
+    request = layerfs.guest.Request(
+        command=(sys.executable, "-m", "layerfs.cli", "bench", *_given_options("guest", "scratch")),
+        kind=kind,
+        memory=max(_GUEST_MEMORY, _MEMORY_OF_SIZES * size),
+        cpus=1 if kind == "uml" else len(os.sched_getaffinity(0)),
+        place=scratch or _default_scratch(),
+        writable=tuple({Path.cwd(), *([output.absolute().parent] if output else [])} - {Path("/")}),
+        progress=lambda what: click.echo(f"{what} …", err=True),
+    )
+    return layerfs.guest.run(request)
+
+
+def _given_options(*but: str) -> list[str]:
+    """The options of the running command as they were given, except some."""
+    context = click.get_current_context()
+    words = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in but or context.get_parameter_source(name) not in _GIVEN:
+            continue
+        value = context.params[name]
+        for each in value if parameter.multiple else [value]:
+            if isinstance(each, bool):
+                words += (parameter.opts if each else parameter.secondary_opts)[:1]
+            else:
+                words.append(f"{parameter.opts[0]}={each}")
+    return words
 
 
 def _possible(wanted: list[str], named: tuple[str, ...], errors: Console) -> list[str]:

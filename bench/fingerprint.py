@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import layerfs
+import layerfs.guest
 from layerfs import mounts
 from layerfs.bench import fio, memory
 
@@ -40,6 +41,7 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
     return {
         "machine": machine(place),
         "kernel": f"{platform.system()} {platform.release()} {platform.version()}",
+        "guest": _guest(),
         "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory": {"total": _memory("MemTotal"), "available": _memory("MemAvailable"), "limit": memory.limit_now()},
@@ -51,6 +53,12 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
         "versions": {**{name: _version(name) for name in _DEPENDENCIES}, "fio": fio.version()},
         "targets": dict(targets),
     }
+
+
+def _guest() -> dict[str, str] | None:
+    """The kind of guest whose kernel this is, and its host; None on a host."""
+    guest = layerfs.guest.here()
+    return {"kind": guest.kind, "host": guest.host} if guest else None
 
 
 def machine(place: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import layerfs.guest
 from layerfs.bench import fingerprint
 
 _FULL = 0.9
@@ -24,7 +25,7 @@ class Watch:
     def __init__(self, place: Path) -> None:
         self._place = place
         self._before = _Counts()
-        self._notes = [*_busy(), *_storage(place), *_slowed()]
+        self._notes = [*_elsewhere(), *_busy(), *_storage(place), *_slowed()]
 
     def notes(self) -> list[str]:
         """Everything doubtful, from the beginning to now."""
@@ -58,6 +59,11 @@ class _Counts:
         if part > _STOLEN:
             notes.append(f"the hypervisor gave {part:.0%} of the processors' time to other guests")
         return notes
+
+
+def _elsewhere() -> list[str]:
+    guest = layerfs.guest.here()
+    return [f"measured in a guest ({guest.kind}): compare only with figures of such a guest"] if guest else []
 
 
 def _busy() -> list[str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -35,30 +35,36 @@ _Inode = tuple[int, int]  # device and number
 Unchanged = Callable[[os.stat_result, os.stat_result], bool]
 """Says of a path's status in the old and the new tree that it surely is the same inode with the same content."""
 
+HiddenBy = Callable[[int, bytes, os.stat_result], bytes | None]
+"""Says which name an entry of a union's upper directory hides, see `compare_upper`."""
+
 _ADDED, _MODIFIED, _DELETED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.DELETED
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK: Final = 1 << 19
 
 
-def compare(old: int | None, new: int, *, unchanged: Unchanged | None = None) -> Iterator[Change]:
+def compare(
+    old: int | None, new: int, *, unchanged: Unchanged | None = None, unchanged_attributes: bool = True
+) -> Iterator[Change]:
     """The changes from the tree ``old`` to the tree ``new``, in canonical order, by walking both.
 
     Args:
         old, new: directory descriptors; None stands for no tree at all.
         unchanged: spares attributes and content of a path from being read where it returns True.
+        unchanged_attributes: False where it says nothing of the extended attributes.
 
     Raises `LayerfsError`, naming the path that could not be read.
     """
     if old is None:
         return _walk([Change(_ADDED, b""), _Visit(partial(_added, new, None), b"")])
-    return _Comparison(old, new, unchanged).changes()
+    return _Comparison(old, new, unchanged, unchanged_attributes).changes()
 
 
 def compare_upper(
     old: int,
     new: int,
     upper: int,
-    is_whiteout: Callable[[int, bytes, os.stat_result], bool],
+    hidden_by: HiddenBy,
     is_opaque: Callable[[int], bool],
 ) -> Iterator[Change]:
     """The same changes as `compare`, found by walking only what a union's upper directory holds.
@@ -69,13 +75,34 @@ def compare_upper(
     Args:
         old, new: directory descriptors of the parent's tree and of the union of it and ``upper``.
         upper: directory descriptor of the union's own directory.
-        is_whiteout: whether the entry of this name and status in this directory of the upper hides that name.
+        hidden_by: which name the entry of this name and status in this directory of the upper hides; None if it is no
+            whiteout, ``b""`` if it is none but the union's own all the same.
         is_opaque: whether this directory of the upper hides all that lower layers have in it.
     """
     try:
-        return _Guided(old, new, upper, is_whiteout, is_opaque).changes()
+        return _GuidedByUpper(old, new, upper, hidden_by, is_opaque).changes()
     except _LinksElsewhere:
         return compare(old, new, unchanged=_same_inode)
+
+
+def compare_paths(
+    old: int, new: int, paths: Iterable[bytes], *, unchanged: Unchanged | None = None
+) -> Iterator[Change]:
+    """The same changes as `compare`, found by looking only at what may have changed.
+
+    Only right where the new tree began as a copy of the old one with the same inode numbers. Both trees are walked
+    after all where hard links have names elsewhere.
+
+    Args:
+        old, new: directory descriptors.
+        paths: one path at least of every inode that is new, gone or written to, without a leading slash; ``b""`` is the
+            root. A directory is written to by each change of the names in it.
+        unchanged: as in `compare`, for walking.
+    """
+    try:
+        return _GuidedByPaths(old, new, paths).changes()
+    except _LinksElsewhere:
+        return compare(old, new, unchanged=unchanged)
 
 
 def _same_inode(old: os.stat_result, new: os.stat_result) -> bool:
@@ -145,10 +172,11 @@ class _Links:
 class _Comparison:
     """One comparison of two trees."""
 
-    def __init__(self, old: int, new: int, unchanged: Unchanged | None) -> None:
+    def __init__(self, old: int, new: int, unchanged: Unchanged | None, unchanged_attributes: bool = True) -> None:
         self._old = old
         self._new = new
         self._unchanged = unchanged
+        self._unchanged_attributes = unchanged_attributes
         self._links = _Links()
 
     def changes(self) -> Iterator[Change]:
@@ -229,30 +257,23 @@ class _Comparison:
         kind = stat.S_IFMT(now.st_mode)
         if kind != stat.S_IFDIR and (was.st_size != now.st_size or was.st_rdev != now.st_rdev):
             return True
-        if self._unchanged is not None and self._unchanged(was, now):
+        same = self._unchanged is not None and self._unchanged(was, now)
+        if same and self._unchanged_attributes:
             return False
         if xattrs.read(b"/proc/self/fd/%d/%s" % (old, name)) != xattrs.read(b"/proc/self/fd/%d/%s" % (new, name)):
             return True
+        if same:
+            return False
         if kind == stat.S_IFLNK:
             return os.readlink(name, dir_fd=old) != os.readlink(name, dir_fd=new)
         return kind == stat.S_IFREG and now.st_size > 0 and not _same_content(old, new, name, now.st_size)
 
 
 class _Guided(_Comparison):
-    """A comparison that passes over what a union's upper directory does not have."""
+    """A comparison that passes over what cannot differ; `_look` knows what can."""
 
-    def __init__(
-        self,
-        old: int,
-        new: int,
-        upper: int,
-        is_whiteout: Callable[[int, bytes, os.stat_result], bool],
-        is_opaque: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, old: int, new: int) -> None:
         super().__init__(old, new, None)
-        self._upper = upper
-        self._is_whiteout = is_whiteout
-        self._is_opaque = is_opaque
 
     def changes(self) -> Iterator[Change]:
         found = super().changes()
@@ -260,22 +281,8 @@ class _Guided(_Comparison):
             raise _LinksElsewhere
         return found
 
-    def _look(self, path: bytes) -> list[Change | _Visit]:
-        """A directory that both trees have, and the upper directory too."""
-        items: list[Change | _Visit] = []
-        with _reported(path), directory(self._upper, path) as upper:
-            if self._is_opaque(upper):
-                return self._look_everywhere(path)
-            with directory(self._old, path) as old, directory(self._new, path) as new:
-                for name in names(upper):
-                    status = _status(upper, name)
-                    hidden = status is not None and self._is_whiteout(upper, name, status)
-                    now = None if hidden else _status(new, name)
-                    items += self._entry(_joined(path, name), (old, _status(old, name)), (new, now), self._look)
-        return items
-
     def _gone(self, path: bytes, was: os.stat_result) -> None:
-        """With an index, overlay changes an inode for all its names, though only one of them is in the upper."""
+        """Other names of what is gone may be anywhere, and have changed with it."""
         if stat.S_ISDIR(was.st_mode):
             links = _Links()
             for _ in _walk([_Visit(partial(_added, self._old, links), path)]):
@@ -285,6 +292,78 @@ class _Guided(_Comparison):
         elif was.st_nlink == 1:
             return
         raise _LinksElsewhere
+
+
+class _GuidedByPaths(_Guided):
+    """A comparison that looks at given paths alone."""
+
+    def __init__(self, old: int, new: int, paths: Iterable[bytes]) -> None:
+        super().__init__(old, new)
+        self._paths = set(paths)
+        self._names: dict[bytes, set[bytes]] = {}
+        for path in self._paths:
+            while path:
+                above, _, name = path.rpartition(b"/")
+                known = self._names.setdefault(above, set())
+                if name in known:
+                    break
+                known.add(name)
+                path = above
+
+    def _look(self, path: bytes) -> list[Change | _Visit]:
+        """A directory that both trees have, as the same inode."""
+        items: list[Change | _Visit] = []
+        with _reported(path), directory(self._old, path) as old, directory(self._new, path) as new:
+            names = set(self._names.get(path, ()))
+            if path in self._paths:
+                names |= {name for name, _ in _numbered(old) ^ _numbered(new)}
+            for name in sorted(names):
+                was, now = _status(old, name), _status(new, name)
+                moved = was is not None and now is not None and was.st_ino != now.st_ino
+                look = self._look_everywhere if moved else self._look
+                items += self._entry(_joined(path, name), (old, was), (new, now), look)
+        return items
+
+
+class _GuidedByUpper(_Guided):
+    """A comparison that passes over what a union's upper directory does not have."""
+
+    def __init__(
+        self,
+        old: int,
+        new: int,
+        upper: int,
+        hidden_by: HiddenBy,
+        is_opaque: Callable[[int], bool],
+    ) -> None:
+        super().__init__(old, new)
+        self._upper = upper
+        self._hidden_by = hidden_by
+        self._is_opaque = is_opaque
+
+    def _look(self, path: bytes) -> list[Change | _Visit]:
+        """A directory that both trees have, and the upper directory too."""
+        items: list[Change | _Visit] = []
+        with _reported(path), directory(self._upper, path) as upper:
+            if self._is_opaque(upper):
+                return self._look_everywhere(path)
+            with directory(self._old, path) as old, directory(self._new, path) as new:
+                for name, hidden in sorted(self._held(upper).items()):
+                    now = None if hidden else _status(new, name)
+                    items += self._entry(_joined(path, name), (old, _status(old, name)), (new, now), self._look)
+        return items
+
+    def _held(self, upper: int) -> dict[bytes, bool]:
+        """The names that a directory of the upper says something of, and whether that they are hidden."""
+        held: dict[bytes, bool] = {}
+        for name in names(upper):
+            status = _status(upper, name)
+            hidden = None if status is None else self._hidden_by(upper, name, status)
+            if hidden is None:
+                held[name] = False
+            elif hidden:
+                held.setdefault(hidden, True)  # an entry of the same layer is not hidden
+        return held
 
 
 def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]:
@@ -305,6 +384,12 @@ def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]
                     links.add(below, None, status, changed=True)
             items.append(Change(_ADDED, below))
     return items
+
+
+def _numbered(dir_fd: int) -> set[tuple[bytes, int]]:
+    """The names in a directory with their inode numbers."""
+    with os.scandir(b"/proc/self/fd/%d" % dir_fd) as found:
+        return {(entry.name, entry.inode()) for entry in found}
 
 
 def _inode(status: os.stat_result) -> _Inode:

@@ -161,10 +161,11 @@ class Upper:
 
 @dataclass(frozen=True, slots=True)
 class BackingNeed:
-    """The file system that a driver's data must live on.
+    """What a driver's data must live on.
 
     Attributes:
-        filesystems: types that will do, best first, as in ``/proc/filesystems``; empty: any directory will do.
+        filesystems: types that will do, best first, as in ``/proc/filesystems`` (or a kind of backing that is no file
+            system); the first is what is made where none of them is there. Empty: any directory will do.
         why: one phrase for error texts.
     """
 
@@ -201,6 +202,11 @@ class Driver(ABC):
     @abstractmethod
     def capabilities(self) -> Capability:
         """What works on this very backing; the conformance suite holds the driver to it."""
+
+    @property
+    def time_granularity(self) -> int:
+        """The nanoseconds that the backend rounds times of files down to; 1 where it keeps them as they are."""
+        return 1
 
     @abstractmethod
     def create(self, volume: str, parents: Sequence[str], *, size: int | None = None) -> None:

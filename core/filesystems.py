@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs import mounts
 from layerfs.driver import Mount
-from layerfs.errors import EnvironmentUnfit, KernelRefused, LayerfsError, OutOfSpace
+from layerfs.errors import KernelRefused
+from layerfs.programs import tool
 
 _MIB = 1 << 20
-_SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # a user's PATH often lacks them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +87,3 @@ def signature(device: str) -> dict[str, str]:
     lines = result.stdout.decode(errors="replace").splitlines()
     pairs = (line.partition("=") for line in lines)
     return {key: value for key, _, value in pairs if key != "DEVNAME" and value}
-
-
-def tool(name: str, package: str) -> str:
-    """Where a program is, or `EnvironmentUnfit` naming the Debian package that has it."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}")
-    if path is None:
-        raise EnvironmentUnfit(f"{name} is not installed; install the package {package}")
-    return path
-
-
-def run(command: list[str], package: str) -> None:
-    """Run a tool to its end, quietly. Raises `EnvironmentUnfit`, `OutOfSpace` or plain `LayerfsError`."""
-    result = subprocess.run(
-        [tool(command[0], package), *command[1:]], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    corrected = command[0] == "e2fsck" and result.returncode == 1  # which is a success
-    if result.returncode and not corrected:
-        words = " ".join((result.stderr or result.stdout).decode(errors="replace").split())
-        if os.strerror(errno.ENOSPC) in words:
-            raise OutOfSpace(f"{command[0]} on {command[-1]!r}: {words}")
-        raise LayerfsError(f"{command[0]} on {command[-1]!r} failed: {words or result.returncode}")

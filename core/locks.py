@@ -44,6 +44,10 @@ class LockFile:
         """Show for as long as this object is open that the session lives."""
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, session))
 
+    def keep_through_exec(self) -> None:
+        """Let what this object holds stay held by the program that this process becomes."""
+        os.set_inheritable(self._fd, True)
+
     def is_held(self, session: int) -> bool:
         """Whether another object (in whatever process) holds the session."""
         answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, session))

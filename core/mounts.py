@@ -7,9 +7,12 @@ import errno
 import os
 import re
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from pathlib import Path
 
 from layerfs.driver import Mount
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, refused
+from layerfs.kernel import fuse
 from layerfs.kernel import mountapi as api
 from layerfs.kernel.openat2 import RESOLVE_IN_ROOT, openat2
 
@@ -47,6 +51,9 @@ _NOT_FOR_THE_FILE_SYSTEM = frozenset(
 
 # What a kernel without the new calls answers (ENOSYS), and one whose overlayfs has no lowerdir+ (EINVAL).
 _TOO_OLD = frozenset({errno.ENOSYS, errno.EINVAL})
+
+_PATIENCE = 3.0
+"""Seconds that an unmount waits for FUSE daemons that hold the mount."""
 
 _new_api = True
 """False once the kernel has turned out not to know the calls that `_detached` uses."""
@@ -94,7 +101,7 @@ def attach(mounts: Sequence[Mount], target: Path) -> None:
                     done.append(stack.enter_context(_fd(_mounted(mount, place))))
         except BaseException:
             for fd in reversed(done):
-                api.umount(_named(fd), api.MNT_DETACH)
+                _umount(Path(os.readlink(_named(fd))), api.MNT_DETACH)
             raise
 
 
@@ -107,8 +114,10 @@ def unmount(target: Path, *, lazy: bool = False) -> None:
     try:
         if not lazy:
             for inner in below(target):
-                _umount(inner, 0)
-        _umount(target, api.MNT_DETACH if lazy else 0)
+                _umount_patiently(inner)
+            _umount_patiently(target)
+        else:
+            _umount(target, api.MNT_DETACH)
     except OSError as error:
         if error.errno == errno.EBUSY:
             who = ", ".join(holders(target)) or "the kernel itself (a loop device, a swap file, another mount)"
@@ -133,19 +142,18 @@ def opened(mounts: Sequence[Mount]) -> Iterator[int]:
 
 def below(target: Path) -> list[Path]:
     """The mount points below ``target``, those to be taken down first in front."""
-    top = _resolved(target)
-    return [m.target for m in reversed(table()) if m.target != top and m.target.is_relative_to(top)]
+    inside = os.path.join(_resolved(target), "")
+    with open("/proc/self/mountinfo", "rb") as file:  # each removal asks, and a host with containers has many mounts
+        names = [_octal(line.split(b" ", 5)[4]) for line in file]
+    return [Path(name) for name in reversed(names) if name.startswith(inside) and name != inside]
 
 
 def holders(target: Path) -> list[str]:
     """The processes, as ``PID (command)``, that have a file, directory or mapping on the mount at ``target``."""
-    top = _resolved(target)
-    ids = {m.id for m in table() if m.target == top}
     found = []
-    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
-            if _holds(Path("/proc", pid), ids):
-                found.append(f"{pid} ({Path('/proc', pid, 'comm').read_text().strip()})")
+    for process in _holding(target):
+        with contextlib.suppress(OSError):
+            found.append(f"{process.name} ({(process / 'comm').read_text().strip()})")
     return found
 
 
@@ -168,17 +176,20 @@ def _opened_alone(mount: Mount, stack: ExitStack) -> int:
 
 
 def _opened_hidden(mounts: Sequence[Mount], stack: ExitStack) -> int:
-    """Open what several mounts show, by a detached copy of what stands at a private place for a moment."""
+    """Open what mounts show that have to stand at a private place for a moment."""
     place = Path(tempfile.mkdtemp(prefix="layerfs-"))
     try:
         attach(mounts, place)
         try:
+            if len(mounts) == 1:
+                return _directory(place)  # which keeps the mount
+            # Those that lie on the first one stay on a copy of all of them.
             copy = api.open_tree(api.AT_FDCWD, str(place), api.OPEN_TREE_CLONE | api.AT_RECURSIVE)
+            return _root(stack.enter_context(_fd(copy)))
         finally:
             unmount(place, lazy=True)
     finally:
         place.rmdir()
-    return _root(stack.enter_context(_fd(copy)))
 
 
 def _mounted(mount: Mount, place: int) -> int:
@@ -203,7 +214,7 @@ def _mounted(mount: Mount, place: int) -> int:
 def _detached(mount: Mount) -> int | None:
     """A detached mount, as an O_PATH descriptor; None where only the classic way can make it."""
     global _new_api  # noqa: PLW0603 - what the kernel can do is one fact for the whole process
-    if not _new_api or not _known(mount.type):
+    if not _new_api or not _known(mount.type) or _too_long(mount):
         return None
     try:
         return _detached_bind(mount) if mount.type == "bind" else _detached_new(mount)
@@ -228,11 +239,38 @@ def _detached_bind(mount: Mount) -> int:
 
 
 def _detached_new(mount: Mount) -> int:
+    if not (mount.read_only and _has_one_superblock(mount)):
+        return _detached_superblock(mount, read_only=mount.read_only)
+    try:
+        return _detached_superblock(mount, read_only=False)
+    except OSError as error:
+        if error.errno not in _ONLY_READ_ONLY:
+            raise
+    return _detached_superblock(mount, read_only=True)
+
+
+def _has_one_superblock(mount: Mount) -> bool:
+    """Whether all mounts of the source share one superblock: with a block device, and with zfs.
+
+    The kernel refuses (EBUSY) to show it read-only where it is mounted writable, and the other way round. What is only
+    looked at is therefore read-only as a mount, and as a whole only if it must be.
+    """
+    try:
+        return mount.type == "zfs" or stat.S_ISBLK(os.stat(mount.source).st_mode)
+    except OSError:
+        return False
+
+
+_ONLY_READ_ONLY = frozenset({errno.EBUSY, errno.EACCES, errno.EROFS})
+"""What the kernel says to a writable mount of what can only be mounted read-only."""
+
+
+def _detached_superblock(mount: Mount, *, read_only: bool) -> int:
     with ExitStack() as stack:
         context = stack.enter_context(_fd(api.fsopen(mount.type)))
         if mount.source:
             api.fsconfig_string(context, "source", mount.source)
-        if mount.read_only:
+        if read_only:
             api.fsconfig_flag(context, "ro")
         for key, value in _settings(mount):
             if value is None:
@@ -279,15 +317,28 @@ def _mount_classic(mount: Mount, target: str) -> None:
         recursive = api.MS_REC if "rbind" in mount.options else 0
         api.mount(mount.source, target, "", api.MS_BIND | recursive)
         if flags:
-            try:
-                api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
-            except OSError:
-                api.umount(target, api.MNT_DETACH)
-                raise
+            _remount(target, flags)
         return
+    late = flags & api.MS_RDONLY if _has_one_superblock(mount) else 0
     with ExitStack() as stack:
-        data = ",".join(_classic_options(mount, stack))
-        _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, os.fsencode(data)))
+        data = os.fsencode(",".join(_classic_options(mount, stack)))
+        try:
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags & ~late, data))
+        except OSError as error:
+            if not late or error.errno not in _ONLY_READ_ONLY:
+                raise
+            _in_fd_directory(lambda: api.mount(mount.source, target, mount.type, flags, data))
+    if late:
+        _remount(target, flags)
+
+
+def _remount(target: str, flags: int) -> None:
+    """Change the flags of the mount at ``target``, not those of its file system."""
+    try:
+        api.mount("", target, "", api.MS_BIND | api.MS_REMOUNT | flags)
+    except OSError:
+        api.umount(target, api.MNT_DETACH)
+        raise
 
 
 def _classic_options(mount: Mount, stack: ExitStack) -> Iterator[str]:
@@ -329,21 +380,47 @@ def _in_fd_directory(call: Callable[[], None]) -> None:
 
 
 def _mount_helper(mount: Mount, target: str) -> None:
-    """mount(8), for types that a program mounts (``fuse3.NAME``, ``zfs``)."""
-    program = shutil.which("mount")
-    if program is None:
-        raise EnvironmentUnfit(f"mounting type {mount.type!r} needs mount(8); install the package mount")
+    """Have a program mount: that of a FUSE file system, else mount(8), which knows the helper of the type."""
     options = ["-o", ",".join(mount.options)] if mount.options else []
-    command = [program, "-t", mount.type, *options, "--", mount.source, target]
+    if is_fuse(mount.type):
+        command = [_fuse_program(mount.type), mount.source, target, *options]
+    else:
+        program = shutil.which("mount")
+        if program is None:
+            raise EnvironmentUnfit(f"mounting type {mount.type!r} needs mount(8); install the package mount")
+        command = [program, "-t", mount.type, *options, "--", mount.source, target]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if result.returncode:
-        words = result.stderr.decode(errors="replace").strip() or f"mount(8) ended with {result.returncode}"
+        words = result.stderr.decode(errors="replace").strip() or f"{command[0]} ended with {result.returncode}"
         raise OSError(errno.ENODEV if "unknown filesystem" in words else errno.EIO, words)
+
+
+def is_fuse(filesystem: str) -> bool:
+    """Whether a program serves this type: ``fuse.PROGRAM`` or ``fuse3.PROGRAM``."""
+    return filesystem.startswith(("fuse.", "fuse3."))
+
+
+def _fuse_program(filesystem: str) -> str:
+    """The program of the type, from beside the interpreter, where an environment that is not active has it, or PATH.
+
+    It is called as mount(8) would call it, but needs no root then.
+    """
+    name = filesystem.partition(".")[2]
+    program = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]))
+    if program is None:
+        raise EnvironmentUnfit(f"mounting type {filesystem!r} needs the program {name!r}, which is not in PATH")
+    return program
 
 
 def _known(filesystem: str) -> bool:
     """Whether the kernel itself mounts this type, without a helper program."""
-    return "." not in filesystem and filesystem not in ("fuse", "zfs")
+    return "." not in filesystem and filesystem != "fuse"
+
+
+def _too_long(mount: Mount) -> bool:
+    """Whether an option is longer than the new API can pass; overlay's are taken apart."""
+    longest = max(map(len, map(os.fsencode, mount.options)), default=0)
+    return mount.type != "overlay" and longest > api.VALUE_LIMIT
 
 
 def _lacks_new_api() -> bool:
@@ -351,10 +428,21 @@ def _lacks_new_api() -> bool:
     try:
         with _fd(api.fsopen("overlay")) as context:
             api.fsconfig_string(context, "lowerdir+", "/")
+            if _takes_anything(context):
+                return True
             api.mount_setattr(context, 0)
     except OSError as error:
         return error.errno == errno.ENOSYS or (error.errno == errno.EINVAL and "lowerdir+" in str(error))
     return False
+
+
+def _takes_anything(context: int) -> bool:
+    """Whether this file system only collects its options and looks at them when it is made (overlayfs before 6.5)."""
+    try:
+        api.fsconfig_string(context, "no-such-option", "1")
+    except OSError:
+        return False
+    return True
 
 
 def _attributes(mount: Mount) -> int:
@@ -451,6 +539,8 @@ def _parsed(line: bytes) -> MountPoint:
 
 def _octal(raw: bytes) -> str:
     """Undo the kernel's escapes: a backslash and three octal digits."""
+    if b"\\" not in raw:
+        return os.fsdecode(raw)
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), raw))
 
 
@@ -463,8 +553,46 @@ def _umount(target: Path, flags: int) -> None:
     try:
         api.umount(target, flags | api.UMOUNT_NOFOLLOW)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):  # neither a mount point nor there at all
+        if error.errno == errno.EPERM and any(m.target == _resolved(target) and is_fuse(m.type) for m in table()):
+            fuse.unmount_by_helper(str(target), lazy=bool(flags & api.MNT_DETACH))
+        elif error.errno not in (errno.EINVAL, errno.ENOENT):  # neither a mount point nor there at all
             raise
+
+
+def _umount_patiently(target: Path) -> None:
+    """Unmount; FUSE daemons that use the mount get some time, since they may be about to end with mounts of theirs."""
+    ends = time.monotonic() + _PATIENCE
+    last = False
+    while True:
+        try:
+            _umount(target, 0)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or last:
+                raise
+        last = time.monotonic() > ends or not _daemons(target)  # one more try: they may have ended just now
+        time.sleep(0.01)
+
+
+def _daemons(target: Path) -> list[Path]:
+    """The processes that serve FUSE file systems and hold the mount at ``target``."""
+    return [process for process in _holding(target) if _serves(process)]
+
+
+def _serves(process: Path) -> bool:
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        return any(os.readlink(link) == "/dev/fuse" for link in (process / "fd").iterdir())
+    return False
+
+
+def _holding(target: Path) -> Iterator[Path]:
+    """The processes, as their places in /proc, that hold the mount at ``target``."""
+    top = _resolved(target)
+    ids = {m.id for m in table() if m.target == top}
+    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
+            if _holds(Path("/proc", pid), ids):
+                yield Path("/proc", pid)
 
 
 def _holds(process: Path, ids: set[int]) -> bool:

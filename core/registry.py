@@ -17,9 +17,12 @@ GROUP = "layerfs.drivers"
 
 # Ours need no installed metadata, so that a source tree works as it is; a test holds pyproject.toml to this table.
 OWN = {
+    "aufs": "layerfs.drivers.aufs.driver:AufsDriver",
     "btrfs": "layerfs.drivers.btrfs:BtrfsDriver",
+    "devicemapper": "layerfs.drivers.devicemapper:DevicemapperDriver",
     "overlay2": "layerfs.drivers.overlay2:Overlay2Driver",
     "vfs": "layerfs.drivers.vfs:VfsDriver",
+    "zfs": "layerfs.drivers.zfs:ZfsDriver",
 }
 
 

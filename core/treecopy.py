@@ -15,7 +15,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from layerfs import xattrs
 from layerfs.errors import FailedPrecondition
@@ -45,14 +45,17 @@ def copy_file(
     dst_name: str | bytes,
     *,
     info: os.stat_result | None = None,
+    contents: bool = True,
 ) -> None:
     """Copy one file of any type but a directory, with all its metadata; ``dst_name`` must not exist.
 
-    ``info`` is the source's `os.lstat`, where the caller has it already. Raises `OSError`.
+    ``info`` is the source's `os.lstat`, where the caller has it already. Without ``contents`` a regular file comes
+    empty. Raises `OSError`.
     """
     if info is None:
         info = os.stat(src_name, dir_fd=src_dir_fd, follow_symlinks=False)
-    _Copier().file(src_dir_fd, os.fsdecode(src_name), dst_dir_fd, os.fsdecode(dst_name), info)
+    copier = _Copier(contents=contents)
+    copier.file(src_dir_fd, os.fsdecode(src_name), dst_dir_fd, os.fsdecode(dst_name), info)
 
 
 def copy_tree(src_fd: int, dst_fd: int) -> None:
@@ -95,8 +98,7 @@ def remove_tree(dir_fd: int, name: str | bytes) -> None:
 # Copying
 
 
-@dataclass(slots=True)
-class _Leave:
+class _Leave(NamedTuple):
     """A directory whose entries are all copied once the work list is back at this item."""
 
     path: str
@@ -104,14 +106,15 @@ class _Leave:
     xattrs: dict[str, bytes]
 
 
-@dataclass(slots=True)
 class _Copier:
     """One copy: what the file systems turned out to be able to do, and the hard links met so far."""
 
-    can_reflink: bool = True
-    can_copy_range: bool = True
-    links: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
-    owner: tuple[int, int] = field(default_factory=lambda: (os.geteuid(), os.getegid()))
+    def __init__(self, *, contents: bool = True) -> None:
+        self.can_reflink = True
+        self.can_copy_range = True
+        self.contents = contents
+        self.links: dict[tuple[int, int], tuple[str, str]] = {}
+        self.owner = os.geteuid(), os.getegid()
 
     def tree(self, src: int, dst: int) -> None:
         _make_plain(dst, self.owner)
@@ -168,7 +171,7 @@ class _Copier:
         try:
             dst = os.open(new, _CREATE, 0o600, dir_fd=dst_dir)
             try:
-                if info.st_size:
+                if info.st_size and self.contents:
                     self._contents(src, dst, info)
                 self._finish(dst, info, _xattrs(src))
             finally:

@@ -47,8 +47,11 @@ class UnionDriver(Driver):
         """The dialect in which deletions are marked in an upper directory."""
 
     @abstractmethod
-    def is_whiteout(self, dir_fd: int, name: bytes, info: os.stat_result) -> bool:
-        """Whether ``name`` in an upper's directory ``dir_fd``, which `os.lstat` says ``info`` of, hides lower files."""
+    def hidden_by(self, dir_fd: int, name: bytes, info: os.stat_result) -> bytes | None:
+        """The name that the entry ``name`` of an upper's directory ``dir_fd`` hides in lower layers.
+
+        None if it is no whiteout; ``b""`` if it hides nothing, but is not for users either. `os.lstat` says ``info``.
+        """
 
     @abstractmethod
     def is_opaque(self, dir_fd: int) -> bool:
@@ -159,7 +162,7 @@ class UnionDriver(Driver):
             yield from compare(old, new)
             return
         with opened(self.upper_path(volume)) as upper:
-            yield from compare_upper(old, new, upper, self.is_whiteout, self.is_opaque)
+            yield from compare_upper(old, new, upper, self.hidden_by, self.is_opaque)
 
     def upper(self, volume: str) -> Upper | None:
         """The upper directory, but for a volume without parents, which a diff can be applied to as it is."""

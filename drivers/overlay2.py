@@ -89,15 +89,16 @@ class Overlay2Driver(UnionDriver):
     def whiteouts(self) -> Whiteouts:
         return OverlayWhiteouts(self._prefix)
 
-    def is_whiteout(self, dir_fd: int, name: bytes, info: os.stat_result) -> bool:
+    def hidden_by(self, dir_fd: int, name: bytes, info: os.stat_result) -> bytes | None:
         if stat.S_ISCHR(info.st_mode):
-            return info.st_rdev == 0
-        return (
+            return name if info.st_rdev == 0 else None
+        marked = (
             stat.S_ISREG(info.st_mode)
             and info.st_size == 0
             and _attribute(b"/proc/self/fd/%d/%s" % (dir_fd, name), f"{self._prefix}whiteout") is not None
             and _attribute(dir_fd, f"{self._prefix}opaque") == b"x"
         )
+        return name if marked else None
 
     def is_opaque(self, dir_fd: int) -> bool:
         return _attribute(dir_fd, f"{self._prefix}opaque") == b"y"

@@ -13,6 +13,8 @@ from layerfs.backing import Backing, BackingSpec
 from layerfs.errors import NotFound
 from layerfs.store import Store
 
+pytest_plugins = ["layerfs.testing.guests"]
+
 MakeStore = Callable[..., Store]
 
 

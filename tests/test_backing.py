@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import backing as backing_module
-from layerfs import filesystems, mounts
+from layerfs import filesystems, mounts, programs
 from layerfs.backing import Backing, BackingSpec
+from layerfs.backings import places
 from layerfs.driver import Mount
 from layerfs.errors import (
     AlreadyExists,
@@ -150,6 +150,7 @@ def test_spec_is_json() -> None:
         BackingSpec("dir", SIZE),
         BackingSpec("ext4", SIZE, "/dev/loop0"),
         BackingSpec("ext4", None, "/dev/null"),
+        BackingSpec("ext4", SIZE, metadata_size=SIZE),
     ],
 )
 def test_specs_that_cannot_be(root: Path, spec: BackingSpec) -> None:
@@ -157,6 +158,19 @@ def test_specs_that_cannot_be(root: Path, spec: BackingSpec) -> None:
         Backing.create(root, spec)
     with pytest.raises(NotFound):
         Backing(root)
+
+
+def test_a_driver_finds_the_backing_around_it(root: Path) -> None:
+    made = Backing.create(root, BackingSpec())
+    made.up()
+    inner = made.path / "data" / "driver"
+    inner.mkdir(parents=True)
+    for place in (made.path, inner):
+        found = Backing.around(place)
+        assert found is not None
+        assert os.path.samefile(found.root, root)
+    assert Backing.around(root) is None
+    made.destroy()
 
 
 def test_another_kind_is_refused(root: Path) -> None:
@@ -173,14 +187,14 @@ def test_default_size(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(free * 7 // 10, 1 << 40) < made.spec.size <= min(free * 9 // 10, 1 << 40)
     assert (root / "backing.img").stat().st_blocks * 512 < 100 * MIB
     made.destroy()
-    monkeypatch.setattr(backing_module, "_free", lambda _: 200 * MIB)
+    monkeypatch.setattr(places, "free_bytes", lambda _: 200 * MIB)
     with pytest.raises(OutOfSpace, match=r"256\.0 MiB"):
         Backing.create(root, BackingSpec("btrfs"))
 
 
 def test_missing_tool_names_the_package(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(filesystems, "_SYSTEM_FOLDERS", "/nowhere")
+    monkeypatch.setattr(programs, "_SYSTEM_FOLDERS", "/nowhere")
     with pytest.raises(EnvironmentUnfit, match="btrfs-progs"):
         Backing.create(root, BackingSpec("btrfs", SIZE))
 
@@ -279,7 +293,8 @@ from layerfs.backing import Backing, BackingSpec
 left = int(sys.argv[3])
 def trace(frame, event, arg):
     global left
-    if not frame.f_code.co_filename.endswith(("/backing.py", "/filesystems.py", "/loop.py")):
+    file = frame.f_code.co_filename
+    if "/backings/" not in file and not file.endswith(("/backing.py", "/filesystems.py", "/loop.py")):
         return None
     left -= 1
     if left == 0:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from layerfs.cli import images, layers, namespace, shell, store
+from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
 from layerfs.errors import LayerfsError
@@ -22,7 +22,7 @@ EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _TOPICS: dict[str, tuple[click.Command, ...]] = {
-    "Store": (store.drivers, store.init, store.check, store.gc),
+    "Store": (store.drivers, store.init, store.check, store.gc, store.migrate),
     "Images": (images.import_image, images.export, images.images),
     "Layers": (
         layers.prepare,
@@ -34,6 +34,7 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
         layers.usage,
     ),
     "Files": (layers.mount, layers.unmount, layers.changes, layers.diff, layers.apply, namespace.unshare),
+    "Engines": (run.run, serve.serve),
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
@@ -41,6 +42,7 @@ _LATE = {
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
     "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
+    "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
 _EXIT_CODES = """\b
@@ -57,6 +59,7 @@ Exit codes:
     9  no space left
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
+  124  the time given to a guest was over; else "layerfs guest" ends as its command did
   130  interrupted (Ctrl-C or SIGTERM), and cleaned up
 """
 

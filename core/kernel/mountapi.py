@@ -40,6 +40,7 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MS_SLAVE = 0x80000
+MS_SHARED = 0x100000
 MS_RELATIME = 0x200000
 MS_STRICTATIME = 0x1000000
 
@@ -51,7 +52,7 @@ VALUE_LIMIT = 255
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _CLOEXEC = 1
-_CLONE_FS = 0x200
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
 _MOVE_FROM_EMPTY, _MOVE_TO_EMPTY = 0x4, 0x40
 
@@ -113,6 +114,16 @@ def umount(target: str | bytes | os.PathLike[str], flags: int = 0) -> None:
     """umount2(2). EINVAL: not a mount point; EBUSY: in use."""
     raw = encoded(target)
     check(libc.umount2(raw, flags), path=raw)
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2): make the mount at ``new`` the root of the mount namespace, and put the old root at ``old``."""
+    check(libc.pivot_root(encoded(new), encoded(old)), path=new)
+
+
+def unshare_mounts() -> None:
+    """Give this process a mount namespace of its own, see CLONE_NEWNS in unshare(2)."""
+    check(libc.unshare(_CLONE_NEWNS))
 
 
 def unshare_cwd() -> None:
