@@ -160,7 +160,9 @@ class Tools:
             except subprocess.TimeoutExpired as error:
                 reason = f"{what} has not ended after {_HUNG_SECONDS:.0f} s"
                 if self.daemon and (pid := self.daemon.pid()):
-                    reason = f"{reason}; end zfs-fuse (process {pid}) and open the store again, its data is safe"
+                    reason = (
+                        f"{reason}; end zfs-fuse (process {pid}) and open the store again; committed layers are safe"
+                    )
                 raise FailedPrecondition(reason) from error
         if result.returncode:
             raise _error(what, " ".join((result.stderr or result.stdout).decode(errors="replace").split()))
