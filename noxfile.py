@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,15 +25,27 @@ def install(session: nox.Session, *extras: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
-    install(session, "fuse", "test")
+    install(session, "fuse", "serve", "test")
     # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
     session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *session.posargs)
 
 
 @nox.session
+def openzfs(session: nox.Session) -> None:
+    """The zfs tests on OpenZFS in a QEMU guest, which is prepared the first time; arguments go to pytest there."""
+    install(session, "fuse", "guest", "test")
+    processors = len(os.sched_getaffinity(0))
+    guest = ("layerfs", "guest", "--kind=qemu", "--memory=3G", f"--cpus={processors}", "--timeout=2400", "--")
+    session.run(*guest, "pytest", *(session.posargs or ["tests/test_zfs.py"]))
+    # Without KVM a start takes long, so what differs between the kinds of guest is tried in a few of them.
+    these = "changes_only_what_it_may or byte_for_byte or killed_launcher or every_driver"
+    session.run("pytest", "tests/test_guest.py", "-k", these, env={"LAYERFS_TEST_GUEST": "qemu"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff's rules and format, mypy in strict mode."""
-    install(session, "fuse", "lint", "test")
+    install(session, "fuse", "lint", "serve", "test")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "-p", "layerfs")
@@ -58,5 +71,5 @@ def dev(session: nox.Session) -> None:
     """An environment .venv-dev that follows the source as it is edited; run it again after adding a module."""
     session.run("python3", "-m", "venv", ".venv-dev")
     # Only strict mode makes links that mypy and editors can follow through package-dir.
-    editable = ("-e", f"{TOP}[dev,fuse,lint,test]", "--config-settings", "editable_mode=strict")
+    editable = ("-e", f"{TOP}[dev,fuse,lint,serve,test]", "--config-settings", "editable_mode=strict")
     session.run(".venv-dev/bin/python", "-m", "pip", "install", "--quiet", *editable)

@@ -17,8 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerfs.guest
 from layerfs import registry
-from layerfs.bench import runfile, runner, table, workload
+from layerfs.bench import calibration, runfile, runner, table, workload
 from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.journal import Journal
+from layerfs.bench.native import NATIVE
+from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json, print_table
@@ -27,19 +30,25 @@ from layerfs.guest import KINDS
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
-_PIPE_WIDTH = 200  # where no terminal tells its own
+PIPE_WIDTH = 200  # where no terminal tells its own
 _GUEST_MEMORY, _MEMORY_OF_SIZES = 2 << 30, 6  # bytes, and times the large file, all of which stay cached when warm
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
 @click.command()
 @click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
-@click.option("--size", default="256M", show_default=True, help="Size of the large file, such as 64M or 1G.")
+@click.option("--profile", type=click.Choice(list(PROFILES)), default="default", show_default=True, help="How much.")
+@click.option("--size", help="Size of the large file, such as 64M or 1G; several with commas [default: 256M].")
 @click.option("--workload", "names", multiple=True, help="Only this workload; may be repeated, or given with commas.")
 @click.option("--output", type=click.Path(path_type=Path), help="The run file [default: in ./results if it is there].")
-@click.option("--rounds", type=click.IntRange(1), help=f"Samples of each workload [default: {runner.ROUNDS}].")
+@click.option("--rounds", type=click.IntRange(1), help="Samples of each workload [default: as many as it takes].")
+@click.option("--precision", type=click.FloatRange(0.1, 100), metavar="%", help="Interval to reach [default: ±5 %].")
+@click.option("--max-time", type=click.FloatRange(0), metavar="SECONDS", help="Then nothing more is repeated.")
+@click.option("--calibrate", is_flag=True, help="Measure each driver twice: the noise of this machine.")
+@click.option("--native/--no-native", default=True, help="Measure the bare directory in the same blocks [default: on].")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the order and of all data [default: a new one].")
 @click.option("--backing", metavar="FS", help="File system for the drivers' data: dir, ext4, xfs or btrfs.")
+@click.option("--memory", help="Cap on memory and page cache, such as 512M.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory for the scratch stores [default: TMPDIR].")
 @click.option(
     "--guest",
@@ -52,12 +61,18 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 @click.option("--list", "listing", is_flag=True, help="List the workloads and end.")
 def bench(
     drivers: str,
-    size: str,
+    profile: str,
+    size: str | None,
     names: tuple[str, ...],
     output: Path | None,
     rounds: int | None,
+    precision: float | None,
+    max_time: float | None,
+    calibrate: bool,
+    native: bool,
     seed: int | None,
     backing: str | None,
+    memory: str | None,
     scratch: Path | None,
     guest: str | None,
     as_json: bool,
@@ -67,31 +82,49 @@ def bench(
 
     Makes scratch stores of its own, measures every workload on layers fresh for each sample, prints a table and keeps
     all samples in a run file, which `pytest-benchmark compare` opens too. Nothing else stays.
+
+    \b
+    Profiles:
+      smoke    a few workloads on small files, below a minute
+      default  every workload, repeated until its interval is narrow or the time is spent
+      full     every workload with every size and parameter; when it was stopped, the same command goes on
     """
     if listing:
         _list(as_json)
         return None
+    usual = PROFILES[profile]
+    sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
     if guest:
-        return _in_guest(guest, parse_size(size), output, scratch)
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    amount = parse_size(size)
+        return _in_guest(guest, max(sizes), output, scratch)
+    seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
     place = (scratch or _default_scratch()).absolute()
-    wanted = [name for given in names for name in given.split(",") if name]
+    wanted = [name for given in names for name in given.split(",") if name] or list(usual.workloads)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     userns.enter()
     with Interrupts() as interrupts:
+        targets = _usable(drivers, place, errors)
+        if calibrate:
+            targets = calibration.twice(targets)
+        if native and NATIVE not in targets:
+            targets.insert(0, NATIVE)
         plan = runner.Plan(
-            drivers=_usable(drivers, place, errors),
-            workloads=workload.chosen(wanted, amount, seed),
-            size=amount,
+            targets=targets,
+            workloads=workload.chosen(_possible(wanted, names, errors), sizes, seed, full=usual.sweeps),
+            size=max(sizes),
             rounds=rounds,
             seed=seed,
             place=place,
             filesystem=backing,
+            precision=precision / 100 if precision else usual.precision,
+            seconds=max_time if max_time is not None else usual.seconds and usual.seconds * len(targets),
+            memory=parse_size(memory) if memory else None,
         )
-        with _progress(errors) as progress:
-            run = runner.run(plan, interrupts, progress)
+        kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
+        with bar(errors) as progress:
+            run = runner.run(plan, interrupts, progress, kept)
         _report(run, output, as_json, errors)
+        if kept:
+            kept.finish()
     return None
 
 
@@ -119,8 +152,30 @@ def _given_options(*but: str) -> list[str]:
             continue
         value = context.params[name]
         for each in value if parameter.multiple else [value]:
-            words += [parameter.opts[0]] if isinstance(each, bool) else [f"{parameter.opts[0]}={each}"]
+            if isinstance(each, bool):
+                words += (parameter.opts if each else parameter.secondary_opts)[:1]
+            else:
+                words.append(f"{parameter.opts[0]}={each}")
     return words
+
+
+def _possible(wanted: list[str], named: tuple[str, ...], errors: Console) -> list[str]:
+    """Without the workloads that this host cannot measure, which are said; one that was named is refused."""
+    known = workload.discover()
+    reasons = {name: known[name].hindrance() for name in wanted or known if name in known}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    if named and refused:
+        raise EnvironmentUnfit("; ".join(f"the workload {name!r}: {reason}" for name, reason in refused.items()))
+    for name, reason in refused.items():
+        errors.print(f"Left out: {name}: {reason}", markup=False)
+    return [name for name in wanted or known if name not in refused]
+
+
+def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:
+    """Where a full run keeps its samples until it is complete."""
+    folder = Path("results")
+    name = f"{output.name if output else 'full-' + ','.join(plan.targets)}.stopped"
+    return (output.parent if output else folder if folder.is_dir() else Path()) / name
 
 
 def _list(as_json: bool) -> None:
@@ -140,7 +195,7 @@ def _default_scratch() -> Path:
 def _usable(given: str, place: Path, errors: Console) -> list[str]:
     """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
     names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
-    probes = {name: registry.load(name).probe(place) for name in names}
+    probes = {name: registry.load(name).probe(place) for name in names if name != NATIVE}
     refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
     if given == "all":
         for name, reason in refused.items():
@@ -154,7 +209,7 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
 
 
 @contextmanager
-def _progress(errors: Console) -> Iterator[runner.Progress]:
+def bar(errors: Console) -> Iterator[runner.Progress]:
     """A bar, on a terminal."""
     if not errors.is_terminal:
         yield lambda _text, _part: None
@@ -178,7 +233,7 @@ def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> No
     if as_json:
         print_json(contents)
     else:
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table.render(run))
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
     for warning in run.warnings:
         errors.print(f"Note: {warning}", markup=False)
     click.echo(f"Run file: {file}", err=as_json)

@@ -16,7 +16,7 @@ from pathlib import Path
 import layerfs
 import layerfs.guest
 from layerfs import mounts
-from layerfs.bench import fio
+from layerfs.bench import fio, memory
 
 _DEPENDENCIES = ("layerfs", "zstandard", "isal")
 _WRITE_BACK = (
@@ -39,10 +39,12 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
         targets: each target's own facts, by its name.
     """
     return {
+        "machine": machine(place),
         "kernel": f"{platform.system()} {platform.release()} {platform.version()}",
         "guest": _guest(),
+        "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory": {"total": _memory("MemTotal"), "available": _memory("MemAvailable"), "limit": _memory_limit()},
+        "memory": {"total": _memory("MemTotal"), "available": _memory("MemAvailable"), "limit": memory.limit_now()},
         "vm": {name: _read(Path("/proc/sys/vm", name)) for name in _WRITE_BACK},
         "transparent_hugepage": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "load": os.getloadavg()[0],
@@ -57,6 +59,19 @@ def _guest() -> dict[str, str] | None:
     """The kind of guest whose kernel this is, and its host; None on a host."""
     guest = layerfs.guest.here()
     return {"kind": guest.kind, "host": guest.host} if guest else None
+
+
+def machine(place: Path) -> dict[str, object]:
+    """What two runs must have in common if their figures are to be compared."""
+    disk = storage(place)
+    return {
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory": f"{_memory('MemTotal') / (1 << 30):.0f} GiB",
+        "kernel": platform.release(),
+        "file system": disk.get("filesystem"),
+        "disk": disk.get("model") or disk.get("disk"),
+    }
 
 
 def storage(place: Path) -> dict[str, object]:
@@ -145,14 +160,6 @@ def _disk(device: str) -> dict[str, object]:
 def _memory(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
-
-
-def _memory_limit() -> int | None:
-    """The lowest memory.max of this process's control group and those above it, see cgroups(7); None for no limit."""
-    found = re.search(r"^0::(/.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
-    group = Path("/sys/fs/cgroup" + (found[1] if found else "/"))
-    limits = [_read(place / "memory.max") for place in (group, *group.parents)]
-    return min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
 
 def _is_host_root() -> bool:

@@ -39,6 +39,12 @@ class Series:
         return [timing.seconds for timing in self.timings]
 
     @property
+    def processor(self) -> list[float]:
+        """Seconds of processor time; empty where a sample has none."""
+        found = [timing.processor for timing in self.timings]
+        return found if all(found) else []
+
+    @property
     def speeds(self) -> list[float]:
         """Bytes or operations per second where the timings count them, otherwise seconds."""
         return [(t.operations or t.bytes) / t.seconds if t.operations or t.bytes else t.seconds for t in self.timings]
@@ -82,16 +88,27 @@ class Run:
 
     def series(self) -> list[Series]:
         """In the order of workloads, then steps, then targets."""
-        by_work: dict[tuple[str, str], list[Sample]] = {}
-        for sample in sorted(self.samples, key=lambda s: (s.workload.label, self.targets.index(s.target), s.round)):
-            by_work.setdefault((sample.workload.label, sample.target), []).append(sample)
-        found = [series for samples in by_work.values() for series in _split(samples)]
+        place = {target: number for number, target in enumerate(self.targets)}
+
+        def key(sample: Sample) -> tuple[str, list[object], int]:
+            work = sample.workload
+            return work.name, [getattr(work, name) for name in work.swept], place[sample.target]
+
+        found = split(sorted(self.samples, key=key))
         order = {step: number for number, step in enumerate(dict.fromkeys((s.workload.label, s.step) for s in found))}
         return sorted(found, key=lambda s: order[s.workload.label, s.step])
 
 
-def _split(samples: Sequence[Sample]) -> Iterable[Series]:
-    first = samples[0]
-    for number, timing in enumerate(first.timings):
-        timings = [sample.timings[number] for sample in samples]
-        yield Series(first.target, first.workload, timing.step, samples, timings)
+def split(samples: Iterable[Sample]) -> list[Series]:
+    """The samples as one series for each step of each workload on each target, in the order in which those come."""
+    together: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        together.setdefault((sample.workload.label, sample.target), []).append(sample)
+    found = []
+    for group in together.values():
+        group.sort(key=lambda sample: sample.round)
+        first = group[0]
+        for number, timing in enumerate(first.timings):
+            timings = [sample.timings[number] for sample in group]
+            found.append(Series(first.target, first.workload, timing.step, group, timings))
+    return found

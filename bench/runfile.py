@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from layerfs.bench import fingerprint
+from layerfs.bench import calibration, fingerprint
 from layerfs.bench.results import Run, Series
-from layerfs.bench.statistics import Interval, median
+from layerfs.bench.statistics import Interval, median, ratio
 from layerfs.errors import refused
 from layerfs.sizes import format_size
 
@@ -31,7 +31,7 @@ def document(run: Run) -> dict[str, object]:
     return {
         "machine_info": fingerprint.machine_info(),
         "commit_info": fingerprint.commit_info(),
-        "benchmarks": [_benchmark(series, run) for series in run.series()],
+        "benchmarks": _benchmarks(run),
         "datetime": run.started.isoformat(),
         "version": _PYTEST_BENCHMARK,
         "layerfs": {
@@ -41,6 +41,7 @@ def document(run: Run) -> dict[str, object]:
             "targets": list(run.targets),
             "fingerprint": run.fingerprint,
             "warnings": list(run.warnings),
+            "calibration": calibration.entries(calibration.measured(run)),
         },
     }
 
@@ -65,10 +66,16 @@ def default_name(targets: Sequence[str], size: int, started: datetime) -> str:
     return f"{started.astimezone():%Y%m%d-%H%M%S}-{','.join(targets)}-{amount}.json"
 
 
-def _benchmark(series: Series, run: Run) -> dict[str, object]:
+def _benchmarks(run: Run) -> list[dict[str, object]]:
+    """Each is compared with the run's first target that did the same."""
+    first: dict[tuple[str, str], Series] = {}
+    return [_benchmark(s, first.setdefault((s.workload.label, s.step), s)) for s in run.series()]
+
+
+def _benchmark(series: Series, first: Series) -> dict[str, object]:
     work = series.workload
-    parameters = {"target": series.target, "size": run.size, **work.parameters}
-    variant = "-".join([series.target, *(str(getattr(work, name)) for name in work.sweep)])
+    parameters = {"target": series.target, "size": work.size, **work.parameters}
+    variant = "-".join([series.target, *work.variant])
     name = f"{work.name}[{variant}]"
     return {
         "group": f"{work.label}: {series.step}",
@@ -76,7 +83,7 @@ def _benchmark(series: Series, run: Run) -> dict[str, object]:
         "fullname": f"{work.name}/{series.step}[{variant}]",
         "params": parameters,
         "param": variant,
-        "extra_info": _extra(series),
+        "extra_info": {**_extra(series), **_against(series, first)},
         "options": {"disable_gc": False, "timer": "perf_counter", "min_rounds": len(series.samples), "warmup": False},
         "stats": _stats(series.seconds),
     }
@@ -86,12 +93,14 @@ def _extra(series: Series) -> dict[str, object]:
     first = series.samples[0]
     return {
         "workload": series.workload.name,
+        "label": series.workload.label,
         "step": series.step,
         "target": series.target,
         "speed": {"unit": series.unit, **_interval(median(series.speeds))},
         "bytes": [timing.bytes for timing in series.timings],
         "operations": [timing.operations for timing in series.timings],
         "latencies": [[[seconds, number] for seconds, number in sorted(t.latencies.items())] for t in series.timings],
+        "processor": series.processor,
         "rounds": [sample.round for sample in series.samples],
         "counters": {name: [sample.counters[name] for sample in series.samples] for name in first.counters},
         "cache": [
@@ -100,6 +109,13 @@ def _extra(series: Series) -> dict[str, object]:
             if c
         ],
     }
+
+
+def _against(series: Series, first: Series) -> dict[str, object]:
+    """The ratio of medians of the times, with its interval."""
+    if series is first:
+        return {}
+    return {"against": {"target": first.target, "times": _interval(ratio(series.seconds, first.seconds))}}
 
 
 def _interval(interval: Interval) -> dict[str, float]:

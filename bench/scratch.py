@@ -6,30 +6,47 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Self
 
 from layerfs import mounts
-from layerfs.backing import DIRECTORY, BackingSpec
+from layerfs.backing import DIRECTORY, Backing, BackingSpec
+from layerfs.bench.caches import write_back
 from layerfs.bench.content import Base
 from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.native import NATIVE, NativeTarget
 from layerfs.bench.target import Target
 from layerfs.errors import NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
 
 _PREFIX = "layerfs-bench-"
+AGAIN = " again"
+"""Ends the name of a calibration's second target with the same driver."""
+
+
+def driver_of(target: str) -> str:
+    """The driver that a target's name begins with."""
+    return target.partition(" ")[0]
 
 
 class Scratch:
     """A directory below ``place`` that is gone when the context ends, with every mount and loop device in it.
 
     What a killed run left in ``place`` is taken away as well.
+
+    Args:
+        kinds: for single targets, what to use instead of `StoreTarget`.
     """
 
-    def __init__(self, place: Path, interrupts: Interrupts) -> None:
+    def __init__(
+        self, place: Path, interrupts: Interrupts, kinds: Mapping[str, type[StoreTarget]] = MappingProxyType({})
+    ) -> None:
+        self._kinds = kinds
         self._place = place
         self._interrupts = interrupts
         self._leaving = ExitStack()
@@ -52,15 +69,29 @@ class Scratch:
     def __exit__(self, *_: object) -> None:
         self._leaving.close()
 
-    def target(self, driver: str, filesystem: str | None, size: int) -> StoreTarget:
-        """A new store with this driver, on a backing of ``filesystem`` (None: what the driver takes) of ``size``."""
+    def target(self, name: str, filesystem: str | None, size: int) -> Target:
+        """A new store, on a backing of ``filesystem`` (None: what the driver takes) of ``size``.
+
+        Its driver is the one that ``name`` begins with, or none for `NATIVE`; a calibration has two of one driver.
+        """
+        driver = driver_of(name)
+        if driver == NATIVE:
+            return self._native(name, filesystem, size)
         backing = None
         if filesystem:
             backing = BackingSpec(filesystem, size=None if filesystem == DIRECTORY else size)
-        store = Store(self.root / driver, driver, backing=backing)
+        store = Store(self.root / name.replace(" ", "-"), driver, backing=backing)
         self._leaving.callback(store.close)
         self._leaving.callback(_empty, store)
-        return StoreTarget(driver, store, self._interrupts)
+        return self._kinds.get(name, StoreTarget)(name, store, self._interrupts)
+
+    def _native(self, name: str, filesystem: str | None, size: int) -> NativeTarget:
+        if filesystem in (None, DIRECTORY):
+            return NativeTarget(name, self.root / name)
+        backing = Backing.create(self.root / name, BackingSpec(filesystem, size=size))
+        self._leaving.callback(backing.destroy)
+        backing.up()
+        return NativeTarget(name, backing.path)
 
 
 class StoreTarget(Target):
@@ -77,8 +108,15 @@ class StoreTarget(Target):
         tree = self.mount(key)
         with self._interrupts.allowed():
             base.fill(tree)
+        top = base.key if base.depth == 1 else f"{base.key} 1"
         with self._interrupts.held():
-            self._store.commit(base.key, key)
+            self._store.commit(top, key)
+        for number in range(2, base.depth + 1):
+            below, top = top, base.key if number == base.depth else f"{base.key} {number}"
+            with self._interrupts.held():
+                self._store.prepare(key, below)
+                (self._store.mount(key) / f"layer-{number}").write_text(str(number))
+                self._store.commit(top, key)
 
     def create(self, key: str, base: Base | None) -> None:
         with self._interrupts.held():
@@ -102,6 +140,7 @@ class StoreTarget(Target):
 
     def occupied(self, key: str) -> int:
         with self._interrupts.held():
+            write_back(self._store.driver.root)  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
 
     def apply(self, key: str, diff: BinaryIO) -> int:

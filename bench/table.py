@@ -19,7 +19,8 @@ from layerfs.sizes import format_size
 def render(run: Run) -> Group:
     """The table with what explains it; every target after the first is also compared with it."""
     rounds = len({sample.round for sample in run.samples})
-    heading = f"Files of {format_size(run.size)}, {rounds} rounds: medians ± half of the 95 % confidence interval"
+    sizes = ", ".join(format_size(size) for size in sorted({sample.workload.size for sample in run.samples}))
+    heading = f"Files of {sizes}, up to {rounds} rounds: medians ± half of the 95 % confidence interval"
     return Group(Text(heading), _table(run), *_legend(run.targets))
 
 
@@ -33,8 +34,11 @@ def _table(run: Run) -> Table:
         for number, rows in enumerate(steps):
             table.add_row(rows[0].workload.label if number == 0 else "", rows[0].step, *_cells(run.targets, rows))
         for counter in steps[0][0].samples[0].counters:
-            values = {series.target: series.counter(counter).middle for series in steps[0]}
-            table.add_row("", counter, *(Text(format_size(round(values[t])), "cyan") for t in run.targets))
+            values = {series.target: round(series.counter(counter).middle) for series in steps[0]}
+            shown = {
+                target: format_size(value) if "bytes" in counter else f"{value:,}" for target, value in values.items()
+            }
+            table.add_row("", counter, *(Text(shown.get(target, ""), "cyan") for target in run.targets))
         table.add_section()
     return table
 
@@ -42,7 +46,13 @@ def _table(run: Run) -> Table:
 def _legend(targets: Sequence[str]) -> list[Text]:
     if len(targets) == 1:
         return []
-    return [Text(f"x: so many times the speed of {targets[0]}; ~: the samples cannot tell them apart", "dim")]
+    return [
+        Text(
+            f"x: so many times the speed of {targets[0]} (where that has no figure, of the first that has); "
+            "~: the samples cannot tell them apart",
+            "dim",
+        )
+    ]
 
 
 def _grouped(run: Run) -> list[list[list[Series]]]:
@@ -55,8 +65,8 @@ def _grouped(run: Run) -> list[list[list[Series]]]:
 
 def _cells(targets: Sequence[str], rows: Sequence[Series]) -> list[Text]:
     by_target = {series.target: series for series in rows}
-    first = by_target[targets[0]]
-    return [_cell(by_target[target], first) for target in targets]
+    first = rows[0]  # native has no layers to make
+    return [_cell(by_target[target], first) if target in by_target else Text("-", "dim") for target in targets]
 
 
 def _cell(series: Series, first: Series) -> Text:

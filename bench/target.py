@@ -1,8 +1,7 @@
 """Where samples are taken: something that makes fresh layers.
 
-`Target` is what a workload and the runner see; `layerfs.bench.scratch.StoreTarget` is a driver below
-a store of its own. A control without
-layers (the bare backing directory) would be another `Target`.
+`Target` is what a workload and the runner see; `layerfs.bench.scratch.StoreTarget` is a driver below a store of its
+own, `layerfs.bench.native.NativeTarget` no driver at all.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from layerfs.bench.content import Base
 
@@ -27,7 +26,7 @@ class Layer:
         target: what it was made on; workloads about layers themselves make more of them there.
         key: its name there.
         shared: the directory where `Workload.prepare` put what all samples share.
-        created: seconds that making and mounting it took.
+        created: seconds that making and mounting it took; None where there is nothing to make (the native control).
         fresh_size: bytes that it had on the backing then (a full copy has many).
         tree: where it is mounted, or None.
     """
@@ -35,7 +34,7 @@ class Layer:
     target: Target
     key: str
     shared: Path
-    created: float
+    created: float | None
     fresh_size: int
     tree: Path | None
 
@@ -56,6 +55,8 @@ class Target(ABC):
     """One thing that is measured: a driver on a backing."""
 
     name: str
+    has_layers: ClassVar[bool] = True
+    """False for a control that knows no layers: work on layers as such is not measured there."""
 
     @abstractmethod
     def create(self, key: str, base: Base | None) -> None:
@@ -75,7 +76,7 @@ class Target(ABC):
 
     @abstractmethod
     def occupied(self, key: str) -> int:
-        """Bytes that a layer alone has on the backing."""
+        """Bytes that a layer alone has on the backing, once all is written back."""
 
     @abstractmethod
     def apply(self, key: str, diff: BinaryIO) -> int:
@@ -105,7 +106,7 @@ class Target(ABC):
         try:
             self.create(key, base)
             tree = self.mount(key) if mounted else None
-            created = time.perf_counter() - begin
+            created = time.perf_counter() - begin if self.has_layers else None
             yield Layer(self, key, shared, created, self.occupied(key), tree)
         finally:
             self.discard(key)

@@ -11,16 +11,18 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base
 from layerfs.bench.target import Layer
 from layerfs.errors import InvalidArgument
+from layerfs.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Timing:
         bytes: moved in that time; 0 where the figure to read is a latency or a rate of operations.
         operations: done in that time; 0 where the figure to read is a latency or a throughput.
         latencies: seconds of single operations and how often each occurred, as far as they were recorded.
+        processor: seconds of processor time, in the kernel and outside, that the process which did it used; 0 where
+            nobody knows. It does not grow with waiting, and so tells more work from a busy machine.
     """
 
     step: str
@@ -40,6 +44,23 @@ class Timing:
     bytes: int = 0
     operations: int = 0
     latencies: Mapping[float, int] = field(default_factory=dict)
+    processor: float = 0.0
+
+
+class Stopwatch:
+    """Clocks steps that follow each other in this process, by the wall and by processor time."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def lap(self, step: str, **figures: Any) -> Timing:
+        """What has passed since the last lap, as the `Timing` of ``step``; ``figures`` are its other fields."""
+        seconds, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        self._restart()
+        return Timing(step, seconds, processor=processor, **figures)
+
+    def _restart(self) -> None:
+        self._processor, self._wall = time.process_time(), time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,7 @@ class Workload(ABC):
     Attributes:
         size: bytes that the run's large file has (``--size``).
         seed: of every random choice in the workload.
+        swept: names of the parameters of which the run measures several values.
     """
 
     name: ClassVar[str]
@@ -62,11 +84,26 @@ class Workload(ABC):
     """Parameters of which one run measures several values."""
     programs: ClassVar[Sequence[str]] = ()
     """Programs that it runs, each from the package of the same name."""
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {}
+    """More values, and more parameters, for the profile full."""
     mounted: ClassVar[bool] = True
     """False where the workload wants its layer unmounted (`Layer.path` is not there then)."""
+    about_layers: ClassVar[bool] = False
+    """True where making, mounting or transferring layers is the work: targets without layers are passed over."""
 
     size: int
     seed: int
+    swept: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether these parameters go together (a block is not larger than the file)."""
+        return True
+
+    @classmethod
+    def hindrance(cls) -> str:
+        """Why it cannot be measured on this host; "" where it can."""
+        return ""
 
     @property
     def base(self) -> Base | None:
@@ -99,7 +136,10 @@ class Workload(ABC):
         """Do the work and clock it."""
 
     def counters(self, layer: Layer) -> dict[str, int]:  # noqa: ARG002
-        """Figures that do not depend on the machine's mood (bytes copied, blocks allocated), taken after `measure`."""
+        """Figures that do not depend on the machine's mood (bytes copied, blocks allocated), taken after `measure`.
+
+        The lower, the better: the gate takes more of any of them as a regression.
+        """
         return {}
 
     def tear_down(self, layer: Layer) -> None:  # noqa: B027
@@ -108,13 +148,19 @@ class Workload(ABC):
     @property
     def parameters(self) -> dict[str, object]:
         """The parameters by name, without size and seed, which belong to the run."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("size", "seed")]
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("size", "seed", "swept")]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def variant(self) -> list[str]:
+        """The values of swept parameters, for people; a size or a block as ``4K``."""
+        values = [(name, getattr(self, name)) for name in self.swept]
+        return [_short(value) if name in ("size", "block", "memory") else str(value) for name, value in values]
 
     @property
     def label(self) -> str:
         """The name with the values of swept parameters: ``seqread-lower cold``."""
-        return " ".join([self.name, *(str(getattr(self, name)) for name in self.sweep)])
+        return " ".join([self.name, *self.variant])
 
 
 def discover() -> dict[str, type[Workload]]:
@@ -128,8 +174,8 @@ def discover() -> dict[str, type[Workload]]:
     return found
 
 
-def chosen(names: Sequence[str], size: int, seed: int) -> list[Workload]:
-    """The workloads of these names (all for none), with each combination of their swept parameters.
+def chosen(names: Sequence[str], sizes: Sequence[int], seed: int, *, full: bool = False) -> list[Workload]:
+    """The workloads of these names (all for none), with each combination of sizes and their swept parameters.
 
     Raises `InvalidArgument` for a name that is not there.
     """
@@ -137,9 +183,18 @@ def chosen(names: Sequence[str], size: int, seed: int) -> list[Workload]:
     for name in names:
         if name not in known:
             raise InvalidArgument(f"there is no workload {name!r}; there are {', '.join(known)}")
-    return [variant for name in dict.fromkeys(names or known) for variant in _variants(known[name], size, seed)]
+    kinds = [known[name] for name in dict.fromkeys(names or known)]
+    return [variant for kind in kinds for variant in _variants(kind, sizes, seed, full=full)]
 
 
-def _variants(kind: type[Workload], size: int, seed: int) -> list[Workload]:
-    values = itertools.product(*kind.sweep.values())
-    return [kind(size=size, seed=seed, **dict(zip(kind.sweep, combination, strict=True))) for combination in values]
+def _variants(kind: type[Workload], sizes: Sequence[int], seed: int, *, full: bool) -> list[Workload]:
+    sweep = {**({"size": sizes} if len(sizes) > 1 else {}), **kind.sweep, **(kind.full_sweep if full else {})}
+    made = []
+    for values in itertools.product(*sweep.values()):
+        given: dict[str, Any] = {"size": sizes[0], **dict(zip(sweep, values, strict=True))}
+        made.append(kind(seed=seed, swept=tuple(sweep), **given))
+    return [work for work in made if work.fits]
+
+
+def _short(value: int) -> str:
+    return format_size(value).replace(".0", "").replace(" ", "").removesuffix("iB").removesuffix("Bytes")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -80,9 +80,29 @@ def compare_upper(
         is_opaque: whether this directory of the upper hides all that lower layers have in it.
     """
     try:
-        return _Guided(old, new, upper, hidden_by, is_opaque).changes()
+        return _GuidedByUpper(old, new, upper, hidden_by, is_opaque).changes()
     except _LinksElsewhere:
         return compare(old, new, unchanged=_same_inode)
+
+
+def compare_paths(
+    old: int, new: int, paths: Iterable[bytes], *, unchanged: Unchanged | None = None
+) -> Iterator[Change]:
+    """The same changes as `compare`, found by looking only at what may have changed.
+
+    Only right where the new tree began as a copy of the old one with the same inode numbers. Both trees are walked
+    after all where hard links have names elsewhere.
+
+    Args:
+        old, new: directory descriptors.
+        paths: one path at least of every inode that is new, gone or written to, without a leading slash; ``b""`` is the
+            root. A directory is written to by each change of the names in it.
+        unchanged: as in `compare`, for walking.
+    """
+    try:
+        return _GuidedByPaths(old, new, paths).changes()
+    except _LinksElsewhere:
+        return compare(old, new, unchanged=unchanged)
 
 
 def _same_inode(old: os.stat_result, new: os.stat_result) -> bool:
@@ -250,6 +270,62 @@ class _Comparison:
 
 
 class _Guided(_Comparison):
+    """A comparison that passes over what cannot differ; `_look` knows what can."""
+
+    def __init__(self, old: int, new: int) -> None:
+        super().__init__(old, new, None)
+
+    def changes(self) -> Iterator[Change]:
+        found = super().changes()
+        if not self._links.complete():
+            raise _LinksElsewhere
+        return found
+
+    def _gone(self, path: bytes, was: os.stat_result) -> None:
+        """Other names of what is gone may be anywhere, and have changed with it."""
+        if stat.S_ISDIR(was.st_mode):
+            links = _Links()
+            for _ in _walk([_Visit(partial(_added, self._old, links), path)]):
+                pass  # only its links matter
+            if links.complete():
+                return
+        elif was.st_nlink == 1:
+            return
+        raise _LinksElsewhere
+
+
+class _GuidedByPaths(_Guided):
+    """A comparison that looks at given paths alone."""
+
+    def __init__(self, old: int, new: int, paths: Iterable[bytes]) -> None:
+        super().__init__(old, new)
+        self._paths = set(paths)
+        self._names: dict[bytes, set[bytes]] = {}
+        for path in self._paths:
+            while path:
+                above, _, name = path.rpartition(b"/")
+                known = self._names.setdefault(above, set())
+                if name in known:
+                    break
+                known.add(name)
+                path = above
+
+    def _look(self, path: bytes) -> list[Change | _Visit]:
+        """A directory that both trees have, as the same inode."""
+        items: list[Change | _Visit] = []
+        with _reported(path), directory(self._old, path) as old, directory(self._new, path) as new:
+            names = set(self._names.get(path, ()))
+            if path in self._paths:
+                names |= {name for name, _ in _numbered(old) ^ _numbered(new)}
+            for name in sorted(names):
+                was, now = _status(old, name), _status(new, name)
+                moved = was is not None and now is not None and was.st_ino != now.st_ino
+                look = self._look_everywhere if moved else self._look
+                items += self._entry(_joined(path, name), (old, was), (new, now), look)
+        return items
+
+
+class _GuidedByUpper(_Guided):
     """A comparison that passes over what a union's upper directory does not have."""
 
     def __init__(
@@ -260,16 +336,10 @@ class _Guided(_Comparison):
         hidden_by: HiddenBy,
         is_opaque: Callable[[int], bool],
     ) -> None:
-        super().__init__(old, new, None)
+        super().__init__(old, new)
         self._upper = upper
         self._hidden_by = hidden_by
         self._is_opaque = is_opaque
-
-    def changes(self) -> Iterator[Change]:
-        found = super().changes()
-        if not self._links.complete():
-            raise _LinksElsewhere
-        return found
 
     def _look(self, path: bytes) -> list[Change | _Visit]:
         """A directory that both trees have, and the upper directory too."""
@@ -295,18 +365,6 @@ class _Guided(_Comparison):
                 held.setdefault(hidden, True)  # an entry of the same layer is not hidden
         return held
 
-    def _gone(self, path: bytes, was: os.stat_result) -> None:
-        """With an index, overlay changes an inode for all its names, though only one of them is in the upper."""
-        if stat.S_ISDIR(was.st_mode):
-            links = _Links()
-            for _ in _walk([_Visit(partial(_added, self._old, links), path)]):
-                pass  # only its links matter
-            if links.complete():
-                return
-        elif was.st_nlink == 1:
-            return
-        raise _LinksElsewhere
-
 
 def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]:
     """A directory that only the tree ``new`` has."""
@@ -326,6 +384,12 @@ def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]
                     links.add(below, None, status, changed=True)
             items.append(Change(_ADDED, below))
     return items
+
+
+def _numbered(dir_fd: int) -> set[tuple[bytes, int]]:
+    """The names in a directory with their inode numbers."""
+    with os.scandir(b"/proc/self/fd/%d" % dir_fd) as found:
+        return {(entry.name, entry.inode()) for entry in found}
 
 
 def _inode(status: os.stat_result) -> _Inode:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerfs import digest, imageexport, oci, platforms, sources
 from layerfs.database import Database, ImageRow, checked_text
@@ -94,15 +94,16 @@ class Images:
         with sources.opened(source, self._store.root) as candidates, self._blobs.locked():
             for candidate, names in _chosen(candidates, name, source):
                 image = candidate.load(wanted)
-                self._check_names(names, image)
+                self._check_names(names, image.config)
                 self._unpack(image, f"{source}", progress)
-                found += [self._record(name, image) for name in names]
+                chain = digest.chain_ids(image.parsed.diff_ids)
+                found += [self._record(name, image.manifest, image.config, chain) for name in names]
         return found
 
-    def _check_names(self, names: tuple[str, ...], image: SourceImage) -> None:
+    def _check_names(self, names: tuple[str, ...], config: bytes) -> None:
         for name in names:
             row = self._database.image(name)
-            if row is not None and row.config_digest != digest.of(image.config):
+            if row is not None and row.config_digest != digest.of(config):
                 raise AlreadyExists(f"another image has the name {name!r}; remove it, or give this one another name")
 
     def _unpack(self, image: SourceImage, what: str, progress: Progress | None) -> None:
@@ -116,11 +117,10 @@ class Images:
             image.open(layer).close()  # a blob that is missing is found before any work is done
         self._store.unpack(layers)
 
-    def _record(self, name: str, image: SourceImage) -> Image:
-        manifest_digest, config_digest = self._blobs.put(image.manifest), self._blobs.put(image.config)
-        chain = digest.chain_ids(image.parsed.diff_ids)
+    def _record(self, name: str, manifest: bytes, config: bytes, chain: builtins.list[str]) -> Image:
+        manifest_digest, config_digest = self._blobs.put(manifest), self._blobs.put(config)
         with self._database.transaction():
-            self._check_names((name,), image)
+            self._check_names((name,), config)
             if (row := self._database.image(name)) is None:
                 created = datetime.now(UTC).isoformat()
                 self._database.put_image(name, manifest_digest, config_digest, chain[-1] if chain else "", created)
@@ -136,6 +136,13 @@ class Images:
     def list(self) -> builtins.list[Image]:
         """All images, by name."""
         return [self._image(row) for row in self._database.images()]
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """An image's configuration, as the OCI image spec defines it. Raises `NotFound`; `Damaged`."""
+        row = self._database.image(name)
+        if row is None:
+            raise NotFound(f"there is no image {name!r}")
+        return self._documents(row)[0].document
 
     def _image(self, row: ImageRow) -> Image:
         config, manifest = self._documents(row)
@@ -155,6 +162,26 @@ class Images:
             oci.parse_config(self._blobs.get(row.config_digest), f"the configuration of the image {row.name!r}"),
             oci.parse_manifest(self._blobs.get(row.manifest_digest), f"the manifest of the image {row.name!r}"),
         )
+
+    def documents(self, name: str) -> tuple[bytes, bytes]:
+        """The bytes of an image's manifest and configuration. Raises `NotFound`, `Damaged`."""
+        with self._blobs.locked():
+            row = self._database.image(name)
+            if row is None:
+                raise NotFound(f"there is no image {name!r}")
+            return self._blobs.get(row.manifest_digest), self._blobs.get(row.config_digest)
+
+    def put(self, name: str, manifest: bytes, config: bytes) -> Image:
+        """Give an image a name whose layers the store has already.
+
+        Raises `NotFound` where it lacks one, `AlreadyExists` where another image has the name.
+        """
+        parsed = oci.parse_config(config, f"the configuration of the image {name!r}")
+        with self._blobs.locked():
+            chain = digest.chain_ids(parsed.diff_ids)
+            for key in chain:
+                self._store.stat(key)
+            return self._record(name, manifest, config, chain)
 
     def export(self, name: str, dest: Path, *, compression: str = "gzip", progress: Progress | None = None) -> Image:
         """Write an image, or a committed layer as an image, into an OCI layout.

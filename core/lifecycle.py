@@ -98,7 +98,7 @@ class Lifecycle:
     def _create(self, row: Row, size: int | None) -> None:
         assert row.volume is not None
         volume, parents = self._session.volumes(row)
-        self._session.driver.create(volume, parents, size=size)
+        self._session.create(volume, parents, size)
         if row.kind is Kind.VIEW:
             self._session.driver.seal(volume, parents)
         with self._database.transaction():

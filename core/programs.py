@@ -14,7 +14,12 @@ _SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # a user's PATH often lacks
 
 def find(name: str) -> str | None:
     """Where a program is, None where it is not installed."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}")
+    return shutil.which(name, path=search_path())
+
+
+def search_path() -> str:
+    """PATH with the folders of the system's own programs."""
+    return f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}"
 
 
 def tool(name: str, package: str) -> str:

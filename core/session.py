@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.database import NOBODY, Database, Row, State
 from layerfs.driver import Driver
@@ -81,6 +83,16 @@ class Session:
         return f"process {self.database.sessions().get(row.owner, '?')} is {what}"
 
     # Work on volumes
+
+    def create(self, volume: str, parents: Sequence[str], size: int | None = None) -> None:
+        """Make a writable volume, see `Driver.create`; the root of an empty one has no time but the epoch.
+
+        An archive that says nothing of the root makes the same tree everywhere then, whenever it is unpacked.
+        """
+        self.driver.create(volume, parents, size=size)
+        if not parents:
+            with mounts.opened(self.driver.mounts(volume, parents)) as root:
+                os.utime(root, ns=(0, 0))
 
     def discard(self, volume: int) -> None:
         """Take a volume away that belongs to no layer, with its record."""

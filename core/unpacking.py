@@ -101,7 +101,7 @@ class Unpacking:
                 self._session.driver,
                 name,
                 tuple(parents),
-                make=partial(self._session.driver.create, name, tuple(parents)),
+                make=partial(self._session.create, name, tuple(parents)),
                 source=partial(_opened, layer),
                 repeatable=True,
                 record=self._session.record(volume),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,10 @@ from typing import Final
 from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.backings import zfs_tools
-from layerfs.backings.zfs_fuse import Daemon
+from layerfs.backings.zfs_fuse import Daemon, unmount
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
-from layerfs.changes import compare
+from layerfs.backings.zpool import LOCK
+from layerfs.changes import compare, compare_paths
 from layerfs.driver import BackingNeed, Capability, Change, Mount, Probe, Problem, Usage
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, refused
 from layerfs.kernel.libc import check as checked
@@ -66,7 +68,8 @@ class ZfsDriver(SnapshotDriver):
         self._in_user_space = point.type != "zfs"
         backing = Backing.around(root)
         home = backing.facts.get("zfs-fuse") if backing else None
-        self._tools = Tools(Daemon(Path(home)) if home else None, root / ".zfs-commands")
+        lock = backing.root / LOCK if backing and "pool" in backing.facts else root / ".zfs-commands"
+        self._tools = Tools(Daemon(Path(home)) if home else None, lock)
         self._inside = Path(os.path.realpath(root)).relative_to(point.target)
         self._home = f"{point.source}/{_encoded(self._inside)}"
         self._tools.settled()
@@ -87,7 +90,8 @@ class ZfsDriver(SnapshotDriver):
 
     @property
     def capabilities(self) -> Capability:
-        return Capability.SIZE_LIMIT | Capability.NATIVE_USAGE | Capability.BLOCK_COW
+        common = Capability.SIZE_LIMIT | Capability.NATIVE_USAGE | Capability.BLOCK_COW
+        return common if self._in_user_space else common | Capability.NATIVE_CHANGES
 
     @property
     def time_granularity(self) -> int:
@@ -112,8 +116,6 @@ class ZfsDriver(SnapshotDriver):
             self._make(volume, "clone", *arguments, self._snapshot(parents[0]), place)
         else:
             self._make(volume, "create", *arguments, place)
-        if self._in_user_space:
-            self._show(volume)
 
     def fork(self, volume: str, source: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         """See `Driver.fork`: a clone of a passing snapshot, which goes over to the clone when the source goes."""
@@ -136,8 +138,6 @@ class ZfsDriver(SnapshotDriver):
             if value not in ("0", "none", "-"):
                 arguments += ["-o", f"{key}={value}"]
         self._make(volume, "clone", *arguments, snapshot, here)
-        if self._in_user_space:
-            self._show(volume)
 
     def seal(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         place = self._dataset(volume)
@@ -207,7 +207,10 @@ class ZfsDriver(SnapshotDriver):
 
     def changes(self, volume: str, parents: Sequence[str], old: int | None, new: int) -> Iterator[Change]:
         known = None if old is None else self.unchanged(volume, parents)
-        yield from compare(old, new, unchanged=known, unchanged_attributes=not self._in_user_space)
+        if old is not None and not self._in_user_space and (paths := self._written_to(volume, parents[0])) is not None:
+            yield from compare_paths(old, new, paths, unchanged=known)
+        else:
+            yield from compare(old, new, unchanged=known, unchanged_attributes=not self._in_user_space)
 
     def unchanged(
         self,
@@ -270,9 +273,12 @@ class ZfsDriver(SnapshotDriver):
                     self._tried("create", *self._settings(), self._home)
                 self._tried(*command)
         except _Exists:
-            return
+            pass
         except ZfsRefused as error:
             raise self._failed(f"making the volume {volume!r}", error) from error
+        if self._in_user_space:
+            self._show(volume)
+            self._used_first(self.tree_path(volume))  # its zfs(8) mounts clones whatever canmount says
 
     def _settings(self) -> Iterator[str]:
         """The properties that all volumes inherit."""
@@ -299,7 +305,8 @@ class ZfsDriver(SnapshotDriver):
         except ZfsRefused as error:
             if error.exists:
                 raise _Exists from error
-            raise
+            if "successfully created" not in error.words:  # "…, but not mounted"
+                raise
 
     def _forks_of(self, place: str) -> Iterator[str]:
         """Datasets that are clones of passing snapshots of ``place``."""
@@ -330,11 +337,31 @@ class ZfsDriver(SnapshotDriver):
             return Damaged(f"{step}: {error.words}; run `layerfs check`")
         return LayerfsError(f"{step}: {error.words}")
 
+    def _written_to(self, volume: str, parent: str) -> set[bytes] | None:
+        """Paths of all that zfs-diff(8) finds to differ from the parent; None where it cannot tell."""
+        place = self._dataset(volume)
+        with _mounted(place) as top:
+            try:
+                text = self._tools.patient("diff", "-H", self._snapshot(parent), place)
+            except ZfsRefused:
+                return None
+            prefix = os.fsencode(top)
+        found = set()
+        for line in text.encode(errors="surrogateescape").splitlines():
+            for path in line.split(b"\t")[1:]:
+                plain = re.sub(rb"\\0([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
+                if not plain.startswith(prefix):
+                    return None
+                found.add(plain[len(prefix) :].strip(b"/"))
+        return found
+
     # Mounts of zfs-fuse
 
     def _show(self, volume: str) -> None:
         """Have the dataset mounted at `tree_path`."""
         place = self.tree_path(volume)
+        if self._tools.daemon is not None:
+            self._tools.daemon.inside()  # the kernel remembers much of what a dead daemon said
         if self._is_shown(volume):
             return
         try:
@@ -342,7 +369,11 @@ class ZfsDriver(SnapshotDriver):
         except ZfsRefused as error:
             if not self._is_shown(volume):  # as another process may have done
                 raise self._failed(f"mounting the volume {volume!r}", error) from error
-        os.listdir(place)  # zfs-fuse never gets over a mount that goes before anybody has used it
+        self._used_first(place)
+
+    def _used_first(self, place: Path) -> None:
+        """See to it that zfs-fuse can go on after a mount: it never gets over one that goes before anybody used it."""
+        os.listdir(place)
         self._hide_oldest()
 
     def _is_shown(self, volume: str) -> bool:
@@ -351,7 +382,7 @@ class ZfsDriver(SnapshotDriver):
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise refused(f"looking for the volume {volume!r}", error, "close the store and open it again") from error
+            raise refused(f"looking for the volume {volume!r}", error, "open the store again") from error
 
     def _hide(self, volume: str) -> None:
         """Unmount the dataset, or refuse with `FailedPrecondition`."""
@@ -360,8 +391,9 @@ class ZfsDriver(SnapshotDriver):
             return
         if self._is_shown(volume):
             self._write_out(volume)
-            time.sleep(0.01)  # it has to be told of the last file closed before its file system goes
-            mounts.unmount(self.tree_path(volume))
+            top = Path(os.path.realpath(self.root))
+            point = next(point for point in reversed(mounts.table()) if point.target == top / volume)
+            unmount(point)
 
     def _hide_oldest(self) -> None:
         """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""
@@ -407,6 +439,22 @@ def _dataset_at(path: Path) -> mounts.MountPoint | None:
         key=lambda point: (len(point[1].target.parts), point[0]),
     )[1]
     return found if found.type in zfs_tools.TYPES else None
+
+
+@contextlib.contextmanager
+def _mounted(dataset: str) -> Iterator[Path]:
+    """Where a dataset is mounted; if nowhere, at a private place for as long as the context lasts."""
+    for point in mounts.table():
+        if (point.type, point.source, point.root) == ("zfs", dataset, "/"):
+            yield point.target
+            return
+    with tempfile.TemporaryDirectory(prefix="layerfs-") as place:
+        target = Path(os.path.realpath(place))
+        mounts.attach([Mount("zfs", dataset, ("ro",))], target)
+        try:
+            yield target
+        finally:
+            mounts.unmount(target, lazy=True)
 
 
 def _encoded(inside: Path) -> str:

@@ -58,6 +58,17 @@ def test_a_ratio_of_like_samples_includes_one() -> None:
     assert found.low < 1 < found.high
 
 
+def test_the_probability_of_one_source_is_small_only_for_different_samples() -> None:
+    source = random.Random(3)
+    assert statistics.difference([20.0, 21.0, 19.0, 20.5, 22.0], [10.0, 10.5, 9.5, 10.0, 10.2]) < 0.01
+    assert statistics.difference([5.0] * 6, [5.0] * 6) == 1.0, "ties say nothing"
+    found = [
+        statistics.difference([source.gauss(10, 1) for _ in range(8)], [source.gauss(10, 1) for _ in range(8)])
+        for _ in range(60)
+    ]
+    assert sum(p < 0.05 for p in found) <= 8, "identical sources are told apart about as often as it says"
+
+
 def test_percentiles_are_of_operations_not_of_bins() -> None:
     latencies = {1.0: 98, 5.0: 1, 9.0: 1}
     assert statistics.percentile(latencies, 0.5) == 1.0
@@ -252,7 +263,20 @@ def _command_line(process: Path) -> bytes:
 
 def test_the_workloads_are_found_and_described() -> None:
     found = workload.discover()
-    assert set(found) >= {
+    assert set(found) == {
+        "append-big",
+        "append-many",
+        "bs-crossover",
+        "cache-share",
+        "copyup-crossover",
+        "deep-layers",
+        "frag-read",
+        "knee-sweep",
+        "parallel-heavy",
+        "parallel-light",
+        "reread",
+        "start-stop-density",
+        "tree-walk",
         "copyup-first-write",
         "diff-apply",
         "layer-lifecycle",
@@ -266,13 +290,24 @@ def test_the_workloads_are_found_and_described() -> None:
 
 
 def test_a_swept_parameter_makes_one_workload_for_each_value() -> None:
-    labels = [work.label for work in workload.chosen(["seqread-lower", "randread"], 1 << 20, 0)]
+    labels = [work.label for work in workload.chosen(["seqread-lower", "randread"], [1 << 20], 0)]
     assert labels == ["seqread-lower cold", "seqread-lower warm", "randread"]
+
+
+def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
+    works = workload.chosen(["seqread-lower"], [1 << 20, 4 << 20], 0)
+    assert [work.label for work in works] == [
+        "seqread-lower 1M cold",
+        "seqread-lower 1M warm",
+        "seqread-lower 4M cold",
+        "seqread-lower 4M warm",
+    ]
+    assert {work.size for work in works} == {1 << 20, 4 << 20}
 
 
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
-        workload.chosen(["seqwrote"], 1 << 20, 0)
+        workload.chosen(["seqwrote"], [1 << 20], 0)
 
 
 # The run file and the table

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from layerfs import xattrs
-from layerfs.changes import compare
+from layerfs.backing import Backing, BackingSpec
+from layerfs.changes import compare, compare_paths
 from layerfs.driver import ChangeKind
+from layerfs.drivers.btrfs import BtrfsDriver
 from layerfs.drivers.overlay2 import Overlay2Driver
 from layerfs.errors import KernelRefused
 from layerfs.testing.operations import Operation, operations
@@ -420,3 +422,59 @@ def test_a_changed_inode_whose_copied_up_name_is_gone(bench: Workbench) -> None:
     assert guided == whole
     bench.remove(child)
     bench.remove(base)
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """Layers whose inodes keep their numbers in children."""
+    if os.geteuid() != 0:
+        pytest.skip("btrfs needs root")
+    backing = Backing.create(tmp_path_factory.mktemp("btrfs"), BackingSpec("btrfs", 256 << 20))
+    try:
+        backing.up()
+        yield Workbench(BtrfsDriver(backing.path))
+    finally:
+        backing.destroy()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(base=operations(most=20), top=operations())
+def test_the_inodes_that_changed_tell_what_a_whole_comparison_tells(
+    snapshots: Workbench, base: list[Operation], top: list[Operation]
+) -> None:
+    volumes: list[str] = []
+    try:
+        for steps in (base, top):
+            volumes.append(snapshots.prepare(volumes[-1] if volumes else None))
+            with snapshots.mounted(volumes[-1]) as root:
+                if len(volumes) == 1:
+                    for name in ("a", "b"):
+                        (root / name).mkdir()
+                for step in steps:
+                    step.do(root)
+            if len(volumes) == 1:
+                snapshots.seal(volumes[0])
+        with snapshots.opened(volumes[0], read_only=True) as old, snapshots.opened(volumes[1], read_only=True) as new:
+            whole = list(compare(old, new))
+            assert list(compare_paths(old, new, changed_inodes(old, new))) == whole
+    finally:
+        for volume in reversed(volumes):
+            snapshots.remove(volume)
+
+
+def changed_inodes(old: int, new: int) -> list[bytes]:
+    """One path of each inode that is new, gone, or has another change time."""
+    before, after = inodes(old), inodes(new)
+    return [path for number, (path, time) in (before | after).items() if before.get(number, ("", 0))[1] != time] + [
+        path for number, (path, _) in before.items() if number not in after
+    ]
+
+
+def inodes(tree: int) -> dict[int, tuple[bytes, int]]:
+    found: dict[int, tuple[bytes, int]] = {}
+    for above, folders, files, fd in os.fwalk(".", dir_fd=tree):
+        for name in [*folders, *files, *(["."] if above == "." else [])]:
+            info = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            path = os.path.normpath(os.path.join(above, name))
+            found[info.st_ino] = (b"" if path == "." else os.fsencode(path), info.st_ctime_ns)
+    return found

@@ -23,7 +23,7 @@ _CHANGES = "chmod chown link mkdir mkfifo remove removexattr rename rmdir setxat
 _EVENTS = frozenset(f"os.{name}" for name in _CHANGES.split()) | {"fcntl.ioctl"}
 
 
-@pytest.fixture(scope="module", params=["overlay2", "btrfs", "vfs"])
+@pytest.fixture(scope="module", params=["aufs", "overlay2", "btrfs", "vfs"])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     on_btrfs = request.param == "btrfs"
     spec = BackingSpec("btrfs", size=512 << 20) if on_btrfs else BackingSpec("dir")

@@ -262,6 +262,32 @@ def test_the_whole_host_is_never_given_away(launcher: Launcher) -> None:
     assert "--write /" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or KIND != "uml", reason="is about being root of a host that one is not root of")
+def test_a_user_without_privileges_is_root_in_the_guest() -> None:
+    libraries = os.pathsep.join(path for path in sys.path if path and not path.endswith(".zip"))
+    place = Path("/var/tmp") / f"layerfs-test-guest-user-{os.getpid()}"
+    place.mkdir()
+    try:
+        os.chown(place, 65534, 65534)
+        done = subprocess.run(
+            ["/usr/bin/python3", "-m", "layerfs.cli", "guest", "--", "sh", "-c", "id -u; mount -t tmpfs t /mnt; >file"],
+            cwd=place,
+            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": libraries, "HOME": str(place)},
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "No module" in done.stderr:
+            pytest.skip(f"the Python of the system cannot import layerfs as another user: {done.stderr}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+        assert (place / "file").stat().st_uid == 65534
+    finally:
+        shutil.rmtree(place)
+
+
 def test_every_driver_works_in_the_guest(launcher: Launcher) -> None:
     done = launcher(*LAYERFS, "drivers", "--json")
     found = {driver["name"]: driver for driver in json.loads(done.stdout)}

@@ -109,6 +109,7 @@ from layerfs.cli import main
 sys.argv = ["layerfs", "--help"]
 main()
 slow = {"rich", "humanize", "sqlite3", "subprocess", "asyncio", "layerfs.bench", "layerfs.store", "importlib.metadata"}
+slow |= {"grpc", "google.protobuf", "layerfs.serve", "prometheus_client"}
 assert not slow & set(sys.modules), slow & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -15,7 +15,7 @@ from layerfs.backings.zfs_fuse import PACKAGE as FUSE_PACKAGE
 from layerfs.backings.zfs_fuse import Daemon
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError, OutOfSpace
 from layerfs.probing import kernel_knows
-from layerfs.programs import find, tool
+from layerfs.programs import find, run, search_path, tool
 
 _PACKAGE = "zfsutils-linux"
 _BUSY_SECONDS = 3.0  # datasets are busy for moments after an unmount
@@ -46,8 +46,8 @@ class ZfsRefused(LayerfsError):
 
 
 def in_user_space() -> bool:
-    """Whether the ZFS of this host is zfs-fuse, whose package and OpenZFS's exclude each other."""
-    return find("zfs-fuse") is not None
+    """Whether the ZFS of this host is zfs-fuse; OpenZFS where both a kernel module and its programs are there."""
+    return find("zfs-fuse") is not None and not (kernel_knows("zfs") and find("zgenhostid"))
 
 
 def check_usable() -> None:
@@ -59,6 +59,17 @@ def check_usable() -> None:
         raise EnvironmentUnfit(f"ZFS is not installed; install the package {_PACKAGE}, or {FUSE_PACKAGE} (user space)")
     elif not kernel_knows("zfs"):
         raise EnvironmentUnfit("the kernel has no ZFS; install the package zfs-dkms, or zfs-fuse, which needs none")
+
+
+def module_loaded() -> bool:
+    """Whether OpenZFS is in the kernel at this moment."""
+    return "\tzfs\n" in Path("/proc/filesystems").read_text()
+
+
+def load_module() -> None:
+    """Have the kernel know OpenZFS, whose programs do not load its module themselves."""
+    if not module_loaded():
+        run(["modprobe", "zfs"], "kmod")
 
 
 class Tools:
@@ -144,12 +155,14 @@ class Tools:
                     check=False,
                     pass_fds=(fd,),
                     timeout=_HUNG_SECONDS,
-                    env={"LC_ALL": "C", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+                    env={**os.environ, "LC_ALL": "C", "PATH": search_path()},  # both call mount(8) and umount(8)
                 )
             except subprocess.TimeoutExpired as error:
                 reason = f"{what} has not ended after {_HUNG_SECONDS:.0f} s"
                 if self.daemon and (pid := self.daemon.pid()):
-                    reason = f"{reason}; end zfs-fuse (process {pid}) and open the store again, its data is safe"
+                    reason = (
+                        f"{reason}; end zfs-fuse (process {pid}) and open the store again; committed layers are safe"
+                    )
                 raise FailedPrecondition(reason) from error
         if result.returncode:
             raise _error(what, " ".join((result.stderr or result.stdout).decode(errors="replace").split()))

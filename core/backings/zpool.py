@@ -18,25 +18,27 @@ from layerfs import mounts
 from layerfs.backings import places, zfs_fuse, zfs_tools
 from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_metadata
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
-from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError
+from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, LayerfsError
 from layerfs.filesystems import signature
 from layerfs.kernel import mountapi as api
 from layerfs.programs import run
 
 _SMALLEST = 128 * places.MIB
 _LINK = "zpool"
+LOCK = "zfs.lock"
+"""What commands for this pool have locked while they run, see `zfs_tools.Tools`."""
 _BUSY_SECONDS = 3.0
 
 
 class Zpool(Kind):
     """``zfs``."""
 
-    files = ("backing.img", "backing.img.new", _LINK, "zfs.lock", *zfs_fuse.FILES)
+    files = ("backing.img", "backing.img.new", _LINK, LOCK, *zfs_fuse.FILES)
 
     def __init__(self, root: Path, spec: BackingSpec, uuid: str) -> None:
         super().__init__(root, spec, uuid)
         self._daemon = zfs_fuse.Daemon(root) if zfs_tools.in_user_space() else None
-        self._tools = Tools(self._daemon, root / "zfs.lock")
+        self._tools = Tools(self._daemon, root / LOCK)
         self._pool = f"layerfs-{uuid}"
 
     @classmethod
@@ -63,6 +65,7 @@ class Zpool(Kind):
         with contextlib.ExitStack() as stack:
             self._start()
             if self.spec.device is not None:
+                run(["wipefs", "--all", self.spec.device], "util-linux")  # the pool leaves others' signatures there
                 self._create(self.spec.device)
             else:
                 assert self._image is not None
@@ -92,6 +95,10 @@ class Zpool(Kind):
             os.chmod(self.path, 0o700)
         except ZfsRefused as error:
             self._take_apart()
+            if error.missing:
+                place = str(self._image or self.spec.device)
+                text = f"{place!r} does not hold the pool that was made for {str(self.root)!r}"
+                raise Damaged(text) from error
             raise LayerfsError(f"bringing up the pool in {str(self.root)!r}: {error.words}") from error
 
     def down(self) -> None:
@@ -159,8 +166,11 @@ class Zpool(Kind):
             raise LayerfsError(f"making a pool on {place!r}: {error.words}") from error
 
     def _start(self) -> None:
-        """With zfs-fuse: have its daemon run, and what it mounts seen here."""
-        if self._daemon is None or self._daemon.pid() is not None:
+        """Have the kernel's module loaded, or else the daemon run and what it mounts seen here."""
+        if self._daemon is None:
+            zfs_tools.load_module()
+            return
+        if self._daemon.is_there():
             return
         self._clear_dead()
         if self._mount_point() is None:
@@ -177,26 +187,28 @@ class Zpool(Kind):
 
     def _take_apart(self) -> None:
         """Unmount, export, end the daemon; what is gone already is passed over."""
+        try:
+            if self._daemon is not None and self._daemon.is_stuck(self.path):
+                self._daemon.stop()  # the pool stays as it was at its last transaction
+            if not self._is_gone():
+                self._unmount_all()
+                self._export()
+                if self._daemon is not None:
+                    self._daemon.stop()
+        except LayerfsError:
+            if not self._is_gone():  # or else it died meanwhile
+                raise
         if self._is_gone():
             self._clear_dead()
-        else:
-            self._unmount_all()
-            self._export()
-            if self._daemon is not None:
-                self._daemon.stop()
         if self._mount_point() is not None:
             mounts.unmount(self.path)
 
     def _unmount_all(self) -> None:
-        points = self._points()
-        for point in points:
-            with contextlib.suppress(OSError):
-                os.statvfs(point.target)
-        if points and self._daemon is not None:
-            # zfs-fuse never gets over a file system that goes before it was told of the last file closed.
-            time.sleep(0.02)
-        for point in reversed(points):
-            mounts.unmount(point.target)
+        for point in reversed(self._points()):
+            if self._daemon is not None:
+                zfs_fuse.unmount(point)
+            else:
+                mounts.unmount(point.target)
 
     def _export(self) -> None:
         deadline = time.monotonic() + _BUSY_SECONDS
@@ -226,9 +238,7 @@ class Zpool(Kind):
 
     def _is_gone(self) -> bool:
         """Whether nothing of the pool can be up, so that mounts of it are but leftovers."""
-        if self._daemon is not None:
-            return self._daemon.pid() is None
-        return False
+        return not zfs_tools.module_loaded() if self._daemon is None else self._daemon.pid() is None
 
     def _check_unused(self) -> None:
         """Raise `FailedPrecondition` naming mounts of the pool's datasets that are not ours."""

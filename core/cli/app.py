@@ -13,15 +13,16 @@ from typing import Any
 
 import click
 
-from layerfs.cli import images, layers, namespace, shell, store
+from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
 from layerfs.errors import LayerfsError
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _TOPICS: dict[str, tuple[click.Command, ...]] = {
-    "Store": (store.drivers, store.init, store.check, store.gc),
+    "Store": (store.drivers, store.init, store.check, store.gc, store.migrate),
     "Images": (images.import_image, images.export, images.images),
     "Layers": (
         layers.prepare,
@@ -33,11 +34,14 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
         layers.usage,
     ),
     "Files": (layers.mount, layers.unmount, layers.changes, layers.diff, layers.apply, namespace.unshare),
+    "Engines": (run.run, serve.serve),
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
 _LATE = {
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
+    "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
+    "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
     "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
@@ -55,6 +59,7 @@ Exit codes:
     9  no space left
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
+  124  the time given to a guest was over; else "layerfs guest" ends as its command did
   130  interrupted (Ctrl-C or SIGTERM), and cleaned up
 """
 
@@ -73,6 +78,7 @@ class Program(click.Group):
         except BrokenPipeError:
             raise click.exceptions.Exit(_end_quietly()) from None
         except KeyboardInterrupt:
+            _deafen()  # a command with handlers of its own (bench) has put ours back
             raise _Interrupted from None  # click would put an empty line on the standard error
         return result
 
@@ -150,7 +156,10 @@ cli.add_command(shell.completion)
 
 
 def main() -> int:
-    """Run the command line of this process and return its exit code. Errors are one line on the standard error."""
+    """Run the command line of this process and return its exit code. Errors are one line on the standard error.
+
+    The process is to end then: it ignores SIGINT and SIGTERM from there on.
+    """
     with _termination_as_interrupt():
         try:
             code = cli.main(prog_name="layerfs", standalone_mode=False)
@@ -192,18 +201,20 @@ def _end_quietly() -> int:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C; after the first of them the rest are ignored, so that cleaning up is not cut short."""
+    """SIGTERM acts like Ctrl-C, once: then cleaning up is not cut short, nor the end of the process its exit code."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
+        _deafen()
         raise KeyboardInterrupt
 
-    before: dict[signal.Signals, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
+    for number in _ENDING:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _deafen()
+
+
+def _deafen() -> None:
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)

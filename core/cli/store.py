@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -134,6 +135,29 @@ def gc(as_json: bool) -> None:
         return
     for line in done:
         click.echo(printable(line))
+
+
+@click.command(
+    cls=Command,
+    examples=("migrate --to btrfs /srv/new", "migrate --to overlay2 --root /srv/old /srv/new"),
+)
+@click.option("--to", required=True, metavar="NAME", help="The driver of the new store.")
+@click.option("--backing", metavar="FS[:SIZE]", help="What the new store's data lives on, as for init.")
+@click.argument("dest", type=click.Path(path_type=Path))
+def migrate(to: str, backing: str | None, dest: Path) -> None:
+    """Copy the store to DEST, on another driver.
+
+    Layers of every kind, their labels, and images; every diff ID is verified. The old store stays as it is. If it is
+    interrupted, the same command goes on. Writable layers should not be in use meanwhile.
+    """
+    from layerfs.migration import migrate as copy
+    from layerfs.store import Store
+
+    place = Path(os.path.abspath(dest))
+    spec = _backing_spec(backing, None, None)
+    with open_store() as source, Store(place, to, backing=spec) as target, step_progress() as progress:
+        copy(source, target, progress)
+        click.echo(os.fsencode(target.root))
 
 
 def _backing_spec(backing: str | None, device: str | None, metadata_device: str | None) -> BackingSpec | None:

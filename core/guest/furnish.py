@@ -18,7 +18,7 @@ from typing import Any
 
 from layerfs.guest.sandbox import PRIVATE
 from layerfs.kernel.libc import check, libc
-from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_RDONLY, mount, umount
+from layerfs.kernel.mountapi import MNT_DETACH, MS_BIND, MS_NOSUID, MS_RDONLY, mount, umount
 
 _STAGE = PRIVATE / "stage"
 _SCRATCH, _ROOT = _STAGE / "scratch", _STAGE / "root"
@@ -57,7 +57,7 @@ def furnish(job: Mapping[str, Any]) -> None:
     _load(job["modules"], ["overlay", "ext4", *job["drivers"]])
     _SCRATCH.mkdir()
     mount(job["devices"]["scratch"], str(_SCRATCH), "ext4")
-    _enter(_overlay(job["roots"]))
+    _enter(_overlay(job["roots"], 0 if job["trusted"] else MS_NOSUID))
     for kind, place, options in _SYSTEM:
         with contextlib.suppress(OSError):  # a small kernel may lack some of them
             os.makedirs(place, exist_ok=True)
@@ -91,7 +91,7 @@ def _load(modules: str | None, names: Sequence[str]) -> None:
     subprocess.run(command, env={"PATH": f"{os.defpath}:/usr/sbin:/sbin"}, check=False)
 
 
-def _overlay(roots: Sequence[Mapping[str, Any]]) -> Path:
+def _overlay(roots: Sequence[Mapping[str, Any]], flags: int) -> Path:
     """The host's tree with the scratch disk over it."""
     lowers = []
     for number, root in enumerate(roots):
@@ -102,7 +102,7 @@ def _overlay(roots: Sequence[Mapping[str, Any]]) -> Path:
     for place in (_SCRATCH / "upper", _SCRATCH / "work", _ROOT):
         place.mkdir()
     options = f"lowerdir={':'.join(lowers) or '/'},upperdir={_SCRATCH}/upper,workdir={_SCRATCH}/work"
-    mount("overlay", str(_ROOT), "overlay", 0, options.encode())
+    mount("overlay", str(_ROOT), "overlay", flags, options.encode())
     return _ROOT
 
 

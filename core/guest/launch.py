@@ -174,6 +174,8 @@ def _job(kind: Kind, output: int, errors: int) -> bytes:
         "kept": [str(path) for path in _kept(kind)],
         "modules": str(kind.modules) if kind.modules else None,
         "drivers": list(kind.drivers),
+        # The sandbox of an unprivileged user shows root's set-user-ID programs as nobody's.
+        "trusted": os.geteuid() == 0,
         "roots": [asdict(root) for root in kind.roots],
         "devices": asdict(devices),
         "name": f"{request.kind}-guest",
@@ -189,7 +191,7 @@ def _kept(kind: Kind) -> list[Path]:
     """The directories that must be readable in the guest at the host's own path, wherever they are."""
     given = (sys.prefix, sys.base_prefix, os.path.dirname(layerfs.__file__), *filter(None, sys.path))
     wanted = {Path(os.path.realpath(path)) for path in (*map(Path, given), kind.request.directory)}
-    return sorted(path for path in wanted if path.is_dir())
+    return sorted(path for path in wanted if os.path.isdir(path))
 
 
 def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:

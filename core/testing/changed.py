@@ -31,6 +31,7 @@ class ChangeChecks:
             os.symlink("a", root / "link")
             os.setxattr(root / "same", "user.kept", b"1")
         bench.seal(base)
+        bench.tick()
         child = bench.prepare(base)
         with bench.mounted(child) as root:
             (root / "content").write_bytes(b"other")
@@ -107,6 +108,7 @@ class ChangeChecks:
             (root / "dir" / "sub").mkdir(parents=True)
             (root / "dir" / "old").write_bytes(b"x")
         bench.seal(base)
+        bench.tick()
         child = bench.prepare(base)
         with bench.mounted(child) as root:
             shutil.rmtree(root / "dir")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,12 @@ class Workbench:
     def seal(self, volume: str) -> str:
         self.driver.seal(volume, self.ancestry[volume])
         return volume
+
+    def tick(self) -> None:
+        """Wait until what is written from now on has another time than what was written before."""
+        grain = self.driver.time_granularity
+        if grain > 1:
+            time.sleep((grain - time.time_ns() % grain) / 10**9 + 0.02)
 
     def fork(self, source: str) -> str:
         volume = self.reserve()

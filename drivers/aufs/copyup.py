@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
@@ -38,6 +38,7 @@ class CopyUp:
         self._work = work
         self._number = 0
         self._jobs: dict[Node, Job] = {}
+        self._movers: dict[Dir, Iterator[Job]] = {}
         self._linked: dict[Place, dict[int, list[bytes]]] = {}
 
     @property
@@ -54,9 +55,8 @@ class CopyUp:
 
     def upper(self, directory: Dir) -> int:
         """A descriptor of the upper's directory, which is made with those above it where it is not there."""
-        if directory.upper is None:
-            self._directory(directory)
-            assert directory.upper is not None
+        self._directory(directory)
+        assert directory.upper is not None
         return self._tree.places.fd(directory.upper)
 
     def node(self, node: Node, *, contents: bool = True) -> None:
@@ -75,21 +75,41 @@ class CopyUp:
         """Have a directory with all that is below it in the upper alone. Raises `Pending`, often."""
         if not top.lowers:
             return
+        if top not in self._movers:
+            self._movers[top] = self._bring(top)
+        try:
+            job = next(self._movers[top], None)
+        except BaseException:
+            del self._movers[top]
+            raise
+        if job is not None:
+            raise Pending(job)
+        del self._movers[top]
+
+    def _bring(self, top: Dir) -> Iterator[Job]:
+        """`everything`, step by step; yields what is to be waited for. Nothing new shows through meanwhile."""
         ends = time.monotonic() + _SLICE
-        self._directory(top)
         done = [top]
         for directory in done:  # it grows
-            self._tree.places.relax()
             self._tree.load(directory)
+            if not directory.names:
+                continue
+            self._directory(directory)
             for name in list(directory.visible()):
-                if name in directory.above and not directory.above[name]:
-                    continue
+                if time.monotonic() > ends:
+                    yield Job(None)
+                    ends = time.monotonic() + _SLICE
+                if not directory.above.get(name, directory.has_below(name)):
+                    continue  # it is a file of the upper, or gone
                 node = self._tree.get(directory, name)
-                self.node(node)
+                while node.lower and node.names:
+                    try:
+                        self.node(node)
+                    except Pending as pending:
+                        yield pending.job
                 if isinstance(node, Dir) and node.lowers:
                     done.append(node)
-                if time.monotonic() > ends:
-                    raise Pending(Job(None))
+            self._tree.places.relax()
         dialect.make(self.upper(top), dialect.OPAQUE)
         for directory in reversed(done):
             directory.lowers = []
@@ -100,6 +120,8 @@ class CopyUp:
     # Directories
 
     def _directory(self, directory: Dir) -> None:
+        if directory.upper is not None:
+            return
         missing = [directory]
         while missing[-1].names and missing[-1].parent.upper is None:
             missing.append(missing[-1].parent)

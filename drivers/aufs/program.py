@@ -153,6 +153,8 @@ def _unmountable(target: str, error: OSError) -> LayerfsError:
     step = f"mounting on {target!r}"
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO) and not os.path.exists("/dev/fuse"):
         return EnvironmentUnfit(f"{step}: there is no /dev/fuse; load the module: modprobe fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return EnvironmentUnfit(f"{step}: /dev/fuse may not be used; chmod a+rw /dev/fuse")
     if not os.path.isdir(target):
         return InvalidArgument(f"{step}: it is no directory")
     return refused(step, error)

@@ -141,38 +141,48 @@ class Server:
         """Serve until the mount is gone."""
         device, buffer = self._device, self._buffer
         view = memoryview(buffer)
-        readv, unpack, clock = os.readv, fuse.IN_HEADER.unpack_from, time.perf_counter
-        poll = select.poll()
-        poll.register(device, select.POLLIN)
-        poll.register(self._workers.ready, select.POLLIN)
-        spin = _SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
-        paid = True
+        unpack = fuse.IN_HEADER.unpack_from
+        wait = self._waiting()
         while True:
             try:
-                length = readv(device, (buffer,))
+                length = os.readv(device, (buffer,))
             except BlockingIOError:
-                slept = clock()
-                if paid and spin:
-                    ends = slept + spin
-                    while not (events := poll.poll(0)) and clock() < ends:
-                        pass
-                    if not events:
-                        events = poll.poll()
-                else:
-                    events = poll.poll()
-                paid = clock() - slept < spin
-                if any(fd != device for fd, _ in events):
-                    self._finish_jobs()
-                continue
+                length = 0
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return
-                if error.errno in (errno.EINTR, errno.ENOENT):  # ENOENT: its caller gave up meanwhile
-                    continue
-                raise
-            _, opcode, unique, node, uid, gid, _ = unpack(buffer)
-            self._tree.places.relax()
-            self._serve(Request(opcode, unique, node, uid, gid, view[_HEADER:length]))
+                if error.errno not in (errno.EINTR, errno.ENOENT):  # ENOENT: its caller gave up meanwhile
+                    raise
+                continue
+            if length:
+                _, opcode, unique, node, uid, gid, _ = unpack(buffer)
+                self._tree.places.relax()
+                self._serve(Request(opcode, unique, node, uid, gid, view[_HEADER:length]))
+            elif wait():
+                self._finish_jobs()
+
+    def _waiting(self) -> Callable[[], bool]:
+        """A function that waits for a request or a job that is done, and tells whether there is one of these."""
+        ready = self._workers.ready
+        poll = select.poll()
+        poll.register(self._device, select.POLLIN)
+        poll.register(ready, select.POLLIN)
+        clock = time.perf_counter
+        spin = _SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
+        paid = True
+
+        def wait() -> bool:
+            nonlocal paid
+            began = now = clock()
+            events: list[tuple[int, int]] = []
+            while paid and not events and now - began < spin:
+                events = poll.poll(0)
+                now = clock()
+            events = events or poll.poll()
+            paid = clock() - began < spin
+            return any(fd == ready for fd, _ in events)
+
+        return wait
 
     def _serve(self, request: Request) -> None:
         """Carry out a request and answer it, or put it aside until a job is done."""

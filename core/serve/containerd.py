@@ -1,0 +1,76 @@
+"""The server for containerd: the snapshots service by gRPC on a unix socket, until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from layerfs.errors import InvalidArgument
+from layerfs.serve import listening
+from layerfs.serve.requests import Requests
+from layerfs.serve.snapshots import Snapshots
+from layerfs.store import Store
+
+log = logging.getLogger("layerfs.serve")
+
+_THREADS: Final = 16
+"""Requests at work at once; more wait. Most of one is waiting for the kernel."""
+_LARGEST: Final = 16 << 20
+"""Bytes of a message, as containerd's own limit."""
+_GRACE: Final = 30.0
+"""Seconds that requests under way have when the server is told to stop."""
+
+
+def serve(store: Store, socket: Path, requests: Requests) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the requests under way. Called in the main thread.
+
+    Where systemd hands a socket over, that one is served and ``socket`` is left alone.
+    Raises `AlreadyExists` (another server is there), `InvalidArgument` (no place for a socket, or a store whose path
+    engines cannot write into mount options).
+    """
+    _check_root(store.root)
+    with ExitStack() as stack:
+        given = listening.handed_over()
+        if given is not None:
+            stack.enter_context(given)
+            # gRPC opens its sockets itself: a relay stands between.
+            socket = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerfs-"))) / "socket"
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="request")
+        stack.callback(pool.shutdown, cancel_futures=True)  # those that have not begun are not waited for
+        sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
+        server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
+        stop = stack.enter_context(listening.stop_signals())
+        with listening.private(socket):
+            if not server.add_insecure_port(f"unix:{socket}"):
+                raise InvalidArgument(f"a socket cannot be made at {str(socket)!r}; choose another path")
+        stack.callback(_forget, socket)
+        server.start()
+        if given is not None:
+            listening.Relay(given, socket).start()
+        listening.notify("READY=1")
+        log.info("ready: %s on %s at %s", store.driver.name, store.root, "the socket of systemd" if given else socket)
+        stop.wait()
+        listening.notify("STOPPING=1")
+        log.info("stopping; requests under way are finished")
+        server.stop(_GRACE).wait()
+    log.info("stopped")
+
+
+def _check_root(root: Path) -> None:
+    if wrong := set(str(root)).intersection(",:\\"):
+        raise InvalidArgument(
+            f"the path of the store, {str(root)!r}, has {' '.join(sorted(wrong))} in it, which engines do not escape "
+            "in mount options; choose another --root"
+        )
+
+
+def _forget(socket: Path) -> None:
+    with contextlib.suppress(OSError):
+        socket.unlink(missing_ok=True)

@@ -1,0 +1,136 @@
+"""The unix socket of a server: private, or handed over by systemd; and telling systemd that the server is ready."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from layerfs.errors import AlreadyExists, InvalidArgument, refused
+
+_FIRST_HANDED_OVER: Final = 3  # sd_listen_fds(3)
+_LONGEST: Final = 107  # bytes of a path in struct sockaddr_un
+_CHUNK: Final = 1 << 16
+
+
+def handed_over() -> socket.socket | None:
+    """The listening socket that systemd has opened for this process, see sd_listen_fds(3); None where it has not."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "0").isdigit():
+        return None
+    count = int(os.environ["LISTEN_FDS"])
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if count != 1:
+        raise InvalidArgument(f"systemd has handed over {count} sockets; the server takes one")
+    try:
+        os.set_inheritable(_FIRST_HANDED_OVER, False)
+        return socket.socket(fileno=_FIRST_HANDED_OVER)
+    except OSError as error:
+        raise InvalidArgument(f"what systemd has handed over is no socket: {error.strerror}") from error
+
+
+@contextmanager
+def private(path: Path) -> Iterator[None]:
+    """For the body, sockets are made with mode 0600; the directory of ``path`` is there, and ``path`` itself is free.
+
+    A socket that a killed server has left is removed, and the body's own when it is done. Raises `AlreadyExists` where
+    a server listens at ``path``, `InvalidArgument` where something else is there, or where a socket cannot be.
+    """
+    if len(os.fsencode(path)) > _LONGEST:
+        raise InvalidArgument(f"{str(path)!r} is too long for a socket; the system allows {_LONGEST} bytes")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_free(path)
+    except OSError as error:
+        raise refused(f"making the socket {str(path)!r}", error) from error
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _make_free(path: Path) -> None:
+    try:
+        kind = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if kind != stat.S_IFSOCK:
+        raise InvalidArgument(f"{str(path)!r} is there and is no socket; choose another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                path.unlink()
+                return
+            raise
+    raise AlreadyExists(f"a server is listening at {str(path)!r} already; stop it, or choose another path")
+
+
+def notify(text: str) -> None:
+    """Tell systemd (``READY=1``, ``STOPPING=1``), where it has started this process; see sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in ("/", "@"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+            there.connect("\0" + address[1:] if address[0] == "@" else address)
+            there.sendall(text.encode())
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Relay:
+    """Passes what comes in at a listening socket on to the socket at ``path``: gRPC cannot take one that is open."""
+
+    def __init__(self, listening: socket.socket, path: Path) -> None:
+        self._listening = listening
+        self._path = path
+
+    def start(self) -> None:
+        """Begin, in threads that end with the process."""
+        threading.Thread(target=self._accept, daemon=True, name="relay").start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listening.accept()
+            threading.Thread(target=self._pass_on, args=(client,), daemon=True, name="relay").start()
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as server:
+            server.connect(str(self._path))
+            with selectors.DefaultSelector() as waiting:
+                waiting.register(client, selectors.EVENT_READ, server)
+                waiting.register(server, selectors.EVENT_READ, client)
+                while waiting.get_map():
+                    for key, _ in waiting.select():
+                        source, sink = key.fileobj, key.data
+                        assert isinstance(source, socket.socket)
+                        if data := source.recv(_CHUNK):
+                            sink.sendall(data)
+                        else:
+                            waiting.unregister(source)
+                            sink.shutdown(socket.SHUT_WR)

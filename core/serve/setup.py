@@ -1,0 +1,92 @@
+"""Ready configuration of engines and of systemd for the servers, as texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+PLUGIN: Final = "layerfs"
+"""The name by which engines call the snapshotter."""
+
+
+def engine_config(socket: Path, root: Path) -> str:
+    """What containerd, BuildKit and Docker 29 need in their configuration to use the server at ``socket``."""
+    return f"""\
+# containerd: /etc/containerd/config.toml
+# then: ctr run --snapshotter {PLUGIN} …, nerdctl --snapshotter {PLUGIN} …
+[proxy_plugins.{PLUGIN}]
+  type = "snapshot"
+  address = "{socket}"
+  [proxy_plugins.{PLUGIN}.exports]
+    root = "{root}"
+
+# Kubernetes, containerd 1.x (config version 2):
+# [plugins."io.containerd.grpc.v1.cri".containerd]
+#   snapshotter = "{PLUGIN}"
+#   disable_snapshot_annotations = true
+# Kubernetes, containerd 2.x (config version 3):
+# [plugins."io.containerd.cri.v1.images"]
+#   snapshotter = "{PLUGIN}"
+
+# BuildKit without containerd: /etc/buildkit/buildkitd.toml
+# [worker.oci]
+#   snapshotter = "{PLUGIN}"
+#   proxySnapshotterPath = "{socket}"
+
+# Docker 29 and later with a containerd of its own that has the plugin above: /etc/docker/daemon.json
+# {{"containerd": "/run/containerd/containerd.sock", "features": {{"containerd-snapshotter": true}},
+#  "storage-driver": "{PLUGIN}"}}
+"""
+
+
+def docker_config(socket: Path) -> str:
+    """What Docker 20.10 to 26 needs in its configuration to use the server at ``socket``."""
+    return f"""\
+{{
+  "experimental": true,
+  "storage-driver": "{socket.stem}"
+}}
+"""
+
+
+def units(engine: str, program: str, socket: Path, root: Path) -> str:
+    """systemd's units for the server for ``engine``: a service, and a socket that starts it."""
+    return f"""\
+# /etc/systemd/system/layerfs-{engine}.service
+[Unit]
+Description=layerfs for {engine}
+Before={engine}.service
+
+[Service]
+Type=notify
+ExecStart={_quoted(program)} serve {engine} --root {_quoted(str(root))} --socket {_quoted(str(socket))}
+Restart=on-failure
+# The engine has to see the mounts of the store: no mount namespace of its own.
+PrivateMounts=no
+# Programs that serve mounts (aufs, ZFS in user space) go on when the server ends, and containers with them.
+KillMode=process
+TimeoutStopSec=45
+
+[Install]
+WantedBy=multi-user.target
+
+# /etc/systemd/system/layerfs-{engine}.socket
+[Unit]
+Description=Socket of layerfs for {engine}
+
+[Socket]
+ListenStream={socket}
+SocketMode=0600
+DirectoryMode=0700
+
+[Install]
+WantedBy=sockets.target
+"""
+
+
+def _quoted(text: str) -> str:
+    """A word of a command line in a unit, see systemd.syntax(7) and systemd.service(5)."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    if text.isascii() and not set(text).intersection(" \t\"'\\"):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

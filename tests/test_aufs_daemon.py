@@ -1,0 +1,412 @@
+"""The program layerfs-aufs: how it is called, and how its daemon comes and goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layerfs import mounts
+from layerfs.drivers.aufs import options
+from layerfs.errors import InvalidArgument
+
+PROGRAM = shutil.which("layerfs-aufs", path=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]))
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting without a place for it takes root"),
+    pytest.mark.skipif(PROGRAM is None, reason="layerfs-aufs is not installed"),
+]
+
+MIB = 1 << 20
+
+
+class Union:
+    """A union below a directory, mounted by the program as a user would."""
+
+    def __init__(self, place: Path) -> None:
+        self.lower, self.upper, self.work = place / "lower", place / "upper", place / "work"
+        self.target = place / "mnt"
+        for directory in (self.lower, self.upper, self.work, self.target):
+            directory.mkdir()
+
+    @property
+    def options(self) -> str:
+        return f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work}"
+
+    def mount(self, *arguments: str) -> None:
+        assert PROGRAM is not None
+        subprocess.run([PROGRAM, "-o", self.options, *arguments, str(self.target)], check=True)
+
+    def unmount(self) -> None:
+        mounts.unmount(self.target)
+        assert self.wait_for_end()
+
+    def daemons(self) -> list[int]:
+        """The processes that have this union's work directory open."""
+        found = []
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                with contextlib.suppress(OSError):
+                    links = [os.readlink(link) for link in (process / "fd").iterdir()]
+                    if str(self.work / "aufs") in links and "/dev/fuse" in links:
+                        found.append(int(process.name))
+        return found
+
+    def wait_for_end(self) -> bool:
+        for _ in range(500):
+            if not self.daemons():
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@pytest.fixture
+def union(tmp_path: Path) -> Iterator[Union]:
+    union = Union(tmp_path)
+    yield union
+    with contextlib.suppress(OSError):
+        mounts.unmount(union.target, lazy=True)
+    assert union.wait_for_end()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, for many files."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    mounts.unmount(tmp_path)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="layerfs-aufs-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_it_is_called_as_fuse_overlayfs_is(union: Union, tmp_path: Path) -> None:
+    (union.lower / "below").write_bytes(b"below")
+    (tmp_path / "a:b,c\\d").mkdir()
+    (tmp_path / "a:b,c\\d" / "odd").write_bytes(b"odd")
+    odd = options.escaped(str(tmp_path / "a:b,c\\d"))
+    assert PROGRAM is not None
+    given = f"volatile,lowerdir={union.lower}:{odd},lazytime,upperdir={union.upper},workdir={union.work}"
+    subprocess.run([PROGRAM, "-o", given, str(union.target)], check=True)
+    assert sorted(os.listdir(union.target)) == ["below", "odd"]
+    (union.target / "below").write_bytes(b"above")
+    union.unmount()
+    assert (union.upper / "below").read_bytes() == b"above"
+    assert (union.lower / "below").read_bytes() == b"below"
+
+
+def test_it_is_a_helper_of_mount(union: Union) -> None:
+    """mount(8) takes no PATH from its caller, so the program has to be where the system's programs are."""
+    (union.lower / "below").write_bytes(b"below")
+    script = """
+        mount -t tmpfs tmpfs /usr/local/sbin
+        ln -s "$1" /usr/local/sbin/
+        mount -t fuse.layerfs-aufs somewhere "$2" -o "$3"
+        findmnt -n -o FSTYPE,SOURCE "$2"
+        rm "$2/below"
+        umount "$2"
+    """
+    command = ["unshare", "--mount", "sh", "-euc", script, "sh", PROGRAM or "", str(union.target), union.options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["fuse.layerfs-aufs", "somewhere"]
+    assert union.wait_for_end()
+    assert os.listdir(union.upper) == [".wh.below"]
+
+
+def test_without_an_upper_it_is_read_only(union: Union) -> None:
+    (union.lower / "below").write_bytes(b"below")
+    assert PROGRAM is not None
+    subprocess.run([PROGRAM, "-o", f"lowerdir={union.lower}", str(union.target)], check=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (union.target / "new").touch()
+    mounts.unmount(union.target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "mount point"),
+        (["/tmp"], "nothing to mount"),
+        (["-o", "lowerdir=/none/such", "/tmp"], "/none/such"),
+        (["-o", "lowerdir=/,upperdir=/tmp", "/tmp"], "workdir"),
+        (["-o", "lowerdir=/", "/none/such"], "no directory"),
+        (["--unknown", "/tmp"], "--unknown"),
+        (["-o"], "-o needs"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], said: str) -> None:
+    assert PROGRAM is not None
+    done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode in (2, 3, 10)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_options_are_taken_apart_at_their_own_separators() -> None:
+    parsed = options.parse(["-o", "lowerdir=/a\\:b:/c\\,d,upperdir=/u\\\\,workdir=/w", "-o", "ro,rw", "source", "/t"])
+    assert parsed.lower == ["/a:b", "/c,d"]
+    assert (parsed.upper, parsed.work, parsed.source, parsed.target) == ("/u\\", "/w", "source", "/t")
+    assert parsed.flags == 0
+    with pytest.raises(InvalidArgument):
+        options.parse(["a", "b", "c"])
+
+
+def test_it_outlives_its_caller_and_ends_with_the_mount(union: Union) -> None:
+    union.mount()
+    (daemon,) = union.daemons()
+    assert os.getsid(daemon) == daemon
+    assert os.readlink(f"/proc/{daemon}/cwd") == "/"
+    union.unmount()
+
+
+def test_one_upper_is_not_served_twice(union: Union, tmp_path: Path) -> None:
+    union.mount()
+    (tmp_path / "second").mkdir()
+    assert PROGRAM is not None
+    second = subprocess.run(
+        [PROGRAM, "-o", union.options, str(tmp_path / "second")], capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 3
+    assert "in use" in second.stderr
+    union.unmount()
+    union.mount()
+    union.unmount()
+
+
+def test_a_terminated_daemon_takes_its_mount_with_it(union: Union) -> None:
+    union.mount()
+    (union.target / "file").write_bytes(b"kept")
+    (daemon,) = union.daemons()
+    os.kill(daemon, signal.SIGTERM)
+    assert union.wait_for_end()
+    assert union.target not in [point.target for point in mounts.table()]
+    assert (union.upper / "file").read_bytes() == b"kept"
+
+
+def test_the_mount_lives_as_long_as_anybody_uses_it(union: Union) -> None:
+    union.mount()
+    with open(union.target / "file", "wb", buffering=0) as file:
+        mounts.unmount(union.target, lazy=True)
+        file.write(b"written after the unmount")
+        assert union.daemons()
+    assert union.wait_for_end()
+    assert (union.upper / "file").read_bytes() == b"written after the unmount"
+
+
+def test_a_killed_daemon_leaves_nothing_half_copied(union: Union) -> None:
+    """Large files are copied up, a directory is moved, and links are broken up while the daemon is killed."""
+    noise = random.Random(1)
+    for number in range(4):
+        (union.lower / f"large{number}").write_bytes(bytes([number]) * (8 * MIB))
+    (union.lower / "dir").mkdir()
+    for number in range(300):
+        (union.lower / "dir" / f"f{number}").write_bytes(b"%d" % number * 100)
+    script = """
+import os, sys
+root = sys.argv[1]
+for number in range(4):
+    with open(f"{root}/large{number}", "r+b") as file:
+        file.write(b"new")
+os.rename(f"{root}/dir", f"{root}/moved")
+for number in range(0, 300, 3):
+    os.unlink(f"{root}/moved/f{number}")
+"""
+    for _ in range(6):
+        union.mount()
+        (daemon,) = union.daemons()
+        with subprocess.Popen([sys.executable, "-c", script, str(union.target)], stderr=subprocess.DEVNULL):
+            time.sleep(noise.uniform(0.02, 0.25))
+            os.kill(daemon, signal.SIGKILL)
+        mounts.unmount(union.target, lazy=True)
+        assert union.wait_for_end()
+        union.mount()
+        for number in range(4):
+            held = (union.target / f"large{number}").read_bytes()
+            assert len(held) == 8 * MIB
+            assert held[3:] == bytes([number]) * (8 * MIB - 3)
+        where = [name for name in ("dir", "moved") if (union.target / name).exists()]
+        assert len(where) == 1
+        names = os.listdir(union.target / where[0])
+        assert len(names) == 300 or where == ["moved"]
+        for name in names:
+            assert (union.target / where[0] / name).read_bytes() == name[1:].encode() * 100
+        union.unmount()
+        assert os.listdir(union.work / "aufs") == []
+        for place in (union.upper, union.work):
+            shutil.rmtree(place)
+            place.mkdir()
+
+
+def test_a_killed_caller_leaves_no_daemon(union: Union) -> None:
+    """`layerfs.mounts.opened` keeps a mount by a descriptor alone."""
+    noise = random.Random(2)
+    script = f"""
+import time
+from layerfs import mounts
+from layerfs.driver import Mount
+with mounts.opened([Mount("fuse3.layerfs-aufs", "killed", {tuple(union.options.split(","))!r})]):
+    print("open", flush=True)
+    time.sleep(60)
+"""
+    for number in range(4):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"open\n"
+            assert union.daemons()
+            time.sleep(noise.uniform(0, 0.05) * number)
+            process.kill()
+        assert union.wait_for_end()
+    assert not [point for point in mounts.table() if point.type == "fuse.layerfs-aufs" and point.source == "killed"]
+
+
+def test_others_are_answered_while_a_large_file_is_copied_up(union: Union) -> None:
+    with open(union.lower / "large", "wb") as file:
+        file.writelines(os.urandom(MIB) for _ in range(256))
+    (union.lower / "small").write_bytes(b"small")
+    union.mount()
+    with subprocess.Popen(["truncate", "-s", "+1", str(union.target / "large")]) as process:
+        seen = 0
+        while process.poll() is None:
+            assert (union.target / "small").read_bytes() == b"small"
+            (union.target / f"new{seen}").touch()
+            seen += 1
+    assert process.returncode == 0
+    assert seen > 1
+    assert os.stat(union.upper / "large").st_size == 256 * MIB + 1
+
+
+def test_no_error_ends_the_daemon(union: Union) -> None:
+    """Branches that somebody takes away, a full disk, an operation that nobody knows."""
+    (union.lower / "gone").write_bytes(b"x")
+    (union.lower / "dir").mkdir()
+    (union.lower / "dir" / "file").write_bytes(b"x")
+    union.mount()
+    assert os.path.exists(union.target / "gone")
+    os.unlink(union.lower / "gone")
+    shutil.rmtree(union.lower / "dir")
+    with pytest.raises(OSError, match="No such file"):
+        (union.target / "gone").read_bytes()
+    with pytest.raises(OSError, match="No such file"):
+        os.listdir(union.target / "dir")
+    with pytest.raises(OSError, match="No such file"):
+        (union.target / "dir" / "new").touch()
+    with pytest.raises(OSError, match="Operation not permitted"):
+        (union.target / ".wh.x").touch()
+    with pytest.raises(OSError, match="No such file"):
+        os.stat(union.target / ".wh.x")
+    (union.target / "fine").write_bytes(b"x")
+    union.unmount()
+
+
+def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=True)
+    try:
+        (tmp_path / "lower").mkdir()
+        (tmp_path / "lower" / "large").write_bytes(os.urandom(16 * MIB))
+        for name in ("upper", "work"):
+            (small / name).mkdir()
+        (tmp_path / "mnt").mkdir()
+        given = f"lowerdir={tmp_path / 'lower'},upperdir={small / 'upper'},workdir={small / 'work'}"
+        assert PROGRAM is not None
+        subprocess.run([PROGRAM, "-o", given, str(tmp_path / "mnt")], check=True)
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                open(tmp_path / "mnt" / "large", "r+b").close()
+            assert os.listdir(small / "upper") == []
+            assert os.listdir(small / "work" / "aufs") == []
+            assert os.stat(tmp_path / "mnt" / "large").st_size == 16 * MIB
+            os.unlink(tmp_path / "mnt" / "large")
+            (tmp_path / "mnt" / "fits").write_bytes(bytes(MIB))
+        finally:
+            mounts.unmount(tmp_path / "mnt")
+    finally:
+        mounts.unmount(small)
+
+
+@pytest.mark.parametrize("inner", ["", "unshare --user --map-root-user --mount"], ids=["fusermount3", "user namespace"])
+def test_it_works_without_root(public: Path, inner: str) -> None:
+    """As nobody, who has got /dev/fuse; elsewhere udev gives it to everybody."""
+    union = Union(public)
+    (union.lower / "dir").mkdir()
+    (union.lower / "dir" / "file").write_bytes(b"below\n")
+    for path in (union.lower, union.lower / "dir", union.lower / "dir" / "file", union.upper, union.work, union.target):
+        os.chown(path, 65534, 65534)
+    device = public / "fuse"
+    os.mknod(device, 0o020666, os.makedev(10, 229))
+    device.chmod(0o666)
+    act = """
+        "$1" -o "$3" "$2"
+        cat "$2/dir/file"
+        echo more >>"$2/dir/file"
+        mv "$2/dir" "$2/moved"
+        rm "$2/moved/file"
+        echo new >"$2/new"
+        fusermount3 -u "$2" || umount "$2"
+    """
+    outer = 'mount --bind "$1" /dev/fuse; shift; exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    command = ["unshare", "--mount", "sh", "-euc", outer, "sh", str(device), *inner.split()]
+    command += ["sh", "-euc", act, "sh", PROGRAM or "", str(union.target), union.options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Permission denied" in done.stderr and "layerfs-aufs" in done.stderr and "python" in done.stderr:
+        pytest.skip("nobody may not run this environment's interpreter")
+    assert (done.returncode, done.stdout) == (0, "below\n"), done.stderr
+    assert union.wait_for_end()
+    assert sorted(os.listdir(union.upper)) == [".wh.dir", "moved", "new"]
+    assert os.listdir(union.upper / "moved") == []
+    assert (union.lower / "dir" / "file").read_bytes() == b"below\n"
+
+
+def test_a_directory_of_100_000_entries(memory: Path) -> None:
+    union = Union(memory)
+    (union.lower / "many").mkdir()
+    for number in range(95_000):
+        os.mknod(union.lower / "many" / f"lower{number}")
+    union.mount()
+    many = union.target / "many"
+    for number in range(5_000):
+        os.mknod(many / f"upper{number}")
+    assert len(os.listdir(many)) == 100_000
+    assert sum(entry.stat().st_nlink for entry in os.scandir(many)) == 100_000
+    for number in range(0, 95_000, 50):
+        os.unlink(many / f"lower{number}")
+    assert len(set(os.listdir(many))) == 98_100
+    union.unmount()
+
+
+def test_a_large_lower_directory_is_renamed_while_others_are_answered(memory: Path) -> None:
+    union = Union(memory)
+    (union.lower / "many").mkdir()
+    for number in range(5_000):
+        os.mknod(union.lower / "many" / f"{number}")
+    (union.lower / "small").write_bytes(b"small")
+    union.mount()
+    command = ["python3", "-c", "import os, sys; os.rename(sys.argv[1] + '/many', sys.argv[1] + '/renamed')"]
+    with subprocess.Popen([*command, str(union.target)]) as process:
+        seen = 0
+        while process.poll() is None:
+            (union.target / f"new{seen}").touch()
+            seen += 1
+    assert process.returncode == 0
+    assert seen > 1
+    assert len(os.listdir(union.target / "renamed")) == 5_000
+    assert not (union.target / "many").exists()
+    union.unmount()
+    assert len(os.listdir(union.upper / "renamed")) == 5_000
+    assert (union.upper / ".wh.many").exists()

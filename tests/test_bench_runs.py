@@ -1,0 +1,165 @@
+"""How a run goes about its samples: how many, in what order, compared with what; stopped and gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from layerfs.bench import calibration, memory, runfile, runner
+from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.journal import Journal
+from layerfs.bench.results import Run
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Timing, Workload
+from layerfs.errors import EnvironmentUnfit, InvalidArgument
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Steady(Workload):
+    name = "steady"
+    summary = "always the same"
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        (layer.path / "file").write_bytes(b"x")
+        return [Timing("step", 1.0)]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return {"bytes allocated": layer.grown}
+
+
+@dataclass(frozen=True)
+class Unsteady(Steady):
+    name = "unsteady"
+
+    def measure(self, layer: Layer) -> list[Timing]:  # noqa: ARG002
+        return [Timing("step", 1.0 + next(_numbers) % 7)]
+
+
+@dataclass(frozen=True)
+class Stopped(Steady):
+    """Stops the whole run at its third sample, once."""
+
+    name = "stopped"
+    fuse: str = ""
+
+    def measure(self, layer: Layer) -> list[Timing]:  # noqa: ARG002
+        with open(self.fuse, "a") as fuse:
+            fuse.write("x")
+        if os.path.getsize(self.fuse) == 3:
+            raise KeyboardInterrupt
+        return [Timing("step", float(os.path.getsize(self.fuse)))]
+
+
+@pytest.fixture
+def plan() -> Iterator[runner.Plan]:
+    place = Path("/var/tmp") / f"layerfs-test-runs-{os.getpid()}"
+    place.mkdir()
+    yield runner.Plan(["native"], [Steady(1 << 20, 0)], 1 << 20, None, 1, place)
+    left = os.listdir(place)
+    shutil.rmtree(place)
+    assert left == []
+
+
+def _taken(plan: runner.Plan, journal: Journal | None = None) -> Run:
+    with Interrupts() as interrupts:
+        return runner.run(plan, interrupts, journal=journal)
+
+
+def test_a_steady_workload_is_repeated_no_more_than_needed_and_an_unsteady_one_to_the_limit(plan: runner.Plan) -> None:
+    works = [Steady(1 << 20, 0), Unsteady(1 << 20, 0)]
+    run = _taken(dataclasses.replace(plan, workloads=works))
+    counts = {series.workload.name: len(series.seconds) for series in run.series()}
+    assert counts == {"steady": 5, "unsteady": runner.MOST_ROUNDS}
+
+
+def test_when_the_time_is_spent_each_workload_still_has_the_fewest_rounds(plan: runner.Plan) -> None:
+    run = _taken(dataclasses.replace(plan, workloads=[Unsteady(1 << 20, 0)], seconds=0.0))
+    assert [len(series.seconds) for series in run.series()] == [runner.FEWEST_ROUNDS]
+
+
+def test_native_counts_what_a_plain_directory_allocates(plan: runner.Plan) -> None:
+    run = _taken(dataclasses.replace(plan, rounds=2))
+    assert [sample.counters["bytes allocated"] for sample in run.samples] == [4096, 4096]
+
+
+def test_a_stopped_run_goes_on_with_its_samples_and_nothing_is_measured_twice(
+    plan: runner.Plan, tmp_path: Path
+) -> None:
+    work = Stopped(1 << 20, 0, fuse=str(tmp_path / "fuse"))
+    plan = dataclasses.replace(plan, workloads=[work], rounds=4)
+    file = tmp_path / "run.stopped"
+    with pytest.raises(KeyboardInterrupt):
+        _taken(plan, Journal(file, plan.identity))
+    assert len(file.read_text().splitlines()) == 3, "the plan, and two samples"
+    with open(file, "a") as torn:
+        torn.write('{"target": "nat')
+    journal = Journal(file, plan.identity)
+    run = _taken(plan, journal)
+    assert [(s.round, s.timings[0].seconds) for s in run.samples] == [(0, 1.0), (1, 2.0), (2, 4.0), (3, 5.0)]
+    assert any("went on" in warning for warning in run.warnings)
+    journal.finish()
+    assert not file.exists()
+
+
+def test_a_stopped_run_of_other_options_is_not_mixed_in(plan: runner.Plan, tmp_path: Path) -> None:
+    file = tmp_path / "run.stopped"
+    _taken(dataclasses.replace(plan, rounds=1), Journal(file, plan.identity))
+    other = dataclasses.replace(plan, filesystem="ext4")
+    with pytest.raises(InvalidArgument, match=r"run\.stopped"):
+        _taken(other, Journal(file, other.identity))
+
+
+def test_a_calibration_measures_each_driver_twice_and_keeps_the_noise(plan: runner.Plan) -> None:
+    targets = ["native", *calibration.twice(["overlay2", "vfs"])]
+    assert targets == ["native", "overlay2", "overlay2 again", "vfs", "vfs again"]
+    run = _taken(dataclasses.replace(plan, targets=targets[3:], workloads=[Unsteady(1 << 20, 0)], rounds=6))
+    document = json.loads(json.dumps(runfile.document(run)))
+    (entry,) = document["layerfs"]["calibration"]
+    assert (entry["workload"], entry["step"], entry["target"]) == ("unsteady", "step", "vfs")
+    assert calibration.thresholds([entry]) == {("unsteady", "step", "vfs"): entry["threshold"]}
+    assert entry["threshold"] >= abs(entry["ratio"]["middle"] - 1)
+
+
+def test_every_target_is_compared_with_the_first_by_a_ratio_with_interval(plan: runner.Plan) -> None:
+    run = _taken(dataclasses.replace(plan, targets=["native", "vfs"], rounds=3))
+    first, second = (b["extra_info"] for b in json.loads(json.dumps(runfile.document(run)))["benchmarks"])
+    assert "against" not in first
+    assert second["against"] == {"target": "native", "times": {"low": 1.0, "median": 1.0, "high": 1.0}}
+
+
+def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
+    """In a process of its own, for the cap is on the whole process."""
+    place = Path("/var/tmp") / f"layerfs-test-cap-{os.getpid()}"
+    program = (
+        "import sys; from pathlib import Path; from layerfs.bench import caches, content, memory\n"
+        "file, before = Path(sys.argv[1]), memory.limit_now()\n"
+        "with memory.capped(128 << 20):\n"
+        "    assert memory.limit_now() == 128 << 20, memory.limit_now()\n"
+        "    content.write_random(file, 192 << 20, 1)\n"
+        "    caches._heat(file)\n"
+        "    print(caches.resident(file))\n"
+        "assert memory.limit_now() == before\n"
+    )
+    try:
+        with memory.capped(memory.SMALLEST):
+            pass
+    except EnvironmentUnfit as error:
+        pytest.skip(str(error))
+    try:
+        done = subprocess.run([sys.executable, "-c", program, str(place)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert 0 < float(done.stdout) < 0.67
+    finally:
+        place.unlink(missing_ok=True)
