@@ -82,9 +82,9 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, in one run; arguments go to it."""
+    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
     install(session, "fuse")
-    session.run("python", "-m", "layerfs.bench.peers", *session.posargs)
+    session.run("python", "-m", "layerfs.bench.peers")
 
 
 @nox.session(venv_backend="none")
