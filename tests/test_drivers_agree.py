@@ -83,7 +83,8 @@ def perform(root: Path, operation: Operation, step: int) -> None:
             return
     for place in touched:
         if os.path.lexists(place):
-            os.utime(place, (_EPOCH + step, _EPOCH + step), follow_symlinks=False)
+            # The root may be named by a link in /proc.
+            os.utime(place, (_EPOCH + step, _EPOCH + step), follow_symlinks=place == root)
 
 
 def _put(path: Path, content: bytes, flag: int) -> None:
