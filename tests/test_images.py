@@ -351,7 +351,8 @@ def change(store: Store, parent: str, name: str, content: bytes, *, measured: bo
         (path / "added").write_bytes(content)
         os.utime(path / "added", (5e8, 5e8))
         os.utime(path, (5e8, 5e8))
-        (path / "etc/a").unlink(missing_ok=True)
+        if (path / "etc/a").is_file():
+            (path / "etc/a").unlink()
     store.commit(name, "work", digest=measured)
 
 
