@@ -22,21 +22,28 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-# What takes its own time: real engines, and the gate's runs of whole benchmarks.
+# What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
 ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
+GUESTS = ["tests/test_guest.py"]
 GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those of `engines` and `gate`; arguments go to pytest. As root everything is tried."""
-    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE]))
+    """All tests but those of `engines`, `gate` and `guests`; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS]))
 
 
 @nox.session
 def engines(session: nox.Session) -> None:
     """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
     _test(session, *ENGINES)
+
+
+@nox.session
+def guests(session: nox.Session) -> None:
+    """Guests themselves; what needs their kernels is in `tests`. Arguments go to pytest."""
+    _test(session, *GUESTS)
 
 
 @nox.session

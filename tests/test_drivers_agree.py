@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from layerfs import registry
 from layerfs.backing import DIRECTORY, Backing, BackingSpec
-from layerfs.backings import thinpool
 from layerfs.changes import compare
 from layerfs.diff import write_diff
 from layerfs.driver import Change
@@ -230,14 +229,4 @@ def test_every_driver_does_what_a_plain_directory_does(
     candidates: dict[str, Candidate], tmp_path_factory: pytest.TempPathFactory, given: list[Operation]
 ) -> None:
     assert {"overlay2", "vfs"} <= set(candidates)
-    run(candidates, tmp_path_factory.getbasetemp() / "model", given)
-
-
-@pytest.mark.guest("uml", unless=lambda: thinpool.missing() is None)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
-@given(given=operations(20))
-def test_so_do_all_drivers_on_a_kernel_with_device_mapper(
-    candidates: dict[str, Candidate], tmp_path_factory: pytest.TempPathFactory, given: list[Operation]
-) -> None:
-    assert "devicemapper" in candidates
     run(candidates, tmp_path_factory.getbasetemp() / "model", given)
