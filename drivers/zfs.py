@@ -164,7 +164,7 @@ class ZfsDriver(SnapshotDriver):
             if not error.missing:
                 raise self._failed(f"removing the volume {volume!r}", error) from error
         if self._in_user_space:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # zfs(8) has done it, or it is covered by something
                 self.tree_path(volume).rmdir()
 
     def mounts(self, volume: str, parents: Sequence[str], *, read_only: bool = False) -> list[Mount]:
