@@ -344,6 +344,17 @@ def test_holes_and_allocated_space(root: Path) -> None:
     assert (root / "copy").read_bytes() == b"data"
 
 
+def test_data_that_is_not_yet_written_back_is_no_hole(root: Path) -> None:
+    """What cp(1) relies on when it copies a file that somebody is writing."""
+    with open(root / "growing", "wb", buffering=0) as file, open(root / "growing", "rb") as reader:
+        for number in range(1, 4):
+            file.write(b"x" * (1 << 20))
+            assert os.lseek(reader.fileno(), (number << 20) - 1, os.SEEK_DATA) == (number << 20) - 1
+            assert os.lseek(reader.fileno(), 0, os.SEEK_HOLE) == number << 20
+        subprocess.run(["cp", root / "growing", root / "copied"], check=True)
+    assert (root / "copied").read_bytes() == b"x" * (3 << 20)
+
+
 def test_a_file_without_a_name(root: Path) -> None:
     fd = os.open(root / "shared", os.O_TMPFILE | os.O_RDWR, 0o640)
     os.write(fd, b"hidden")

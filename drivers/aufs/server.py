@@ -9,6 +9,7 @@ No error ends the loop but that the mount is gone: what goes wrong in one operat
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -97,6 +98,7 @@ class Server:
         self._workers = Workers()
         self._parked: dict[Job, list[Request]] = {}
         self._open: dict[int, Node] = {}
+        self._written: set[int] = set()
         self._buffer = bytearray(fuse.BUFFER_SIZE)
         self._block = memoryview(bytearray(fuse.MAX_WRITE))
         self._can_peek = True
@@ -468,7 +470,7 @@ class Server:
             self._copyup.node(node, contents=not flags & os.O_TRUNC)
             if open_flags & fuse.OPEN_KILL_SUIDGID:
                 self._kill_special_bits(self._path(node))
-        return self._opened(node, self._descriptor(node, flags, writing))
+        return self._opened(node, self._descriptor(node, flags, writing), writing=writing)
 
     def _descriptor(self, node: Node, flags: int, writing: bool) -> int:
         """Open the real file. For its write-back cache the kernel reads what it is to write, and appends by itself."""
@@ -487,9 +489,11 @@ class Server:
                 return os.open(node.named, flags & ~os.O_NOATIME | mode | os.O_NOFOLLOW, dir_fd=place)
             return os.open(node.named, flags | os.O_WRONLY | os.O_NOFOLLOW, dir_fd=place)
 
-    def _opened(self, node: Node, fd: int) -> bytes:
+    def _opened(self, node: Node, fd: int, *, writing: bool) -> bytes:
         node.fds.append(fd)
         self._open[fd] = node
+        if writing:
+            self._written.add(fd)
         return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_KEEP_CACHE)
 
     def _create(self, request: Request) -> bytes:
@@ -503,18 +507,19 @@ class Server:
             fd = self._descriptor(node, flags, True)
         else:
             node, info, fd = self._union.create(directory, name, flags, mode, umask, request.caller)
-        return self._entry(node, info) + self._opened(node, fd)
+        return self._entry(node, info) + self._opened(node, fd, writing=True)
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _ = fuse.CREATE_IN.unpack_from(request.data)
         directory = self._directory(request.node)
         node, info, fd = self._union.unnamed(directory, flags, mode, umask, request.caller)
-        return self._entry(node, info) + self._opened(node, fd)
+        return self._entry(node, info) + self._opened(node, fd, writing=True)
 
     def _release(self, request: Request) -> bytes:
         (fd,) = fuse.RELEASE_IN.unpack_from(request.data)
         node = self._open.pop(fd)
         node.fds.remove(fd)
+        self._written.discard(fd)
         os.close(fd)
         self._tree.discard_unknown(node)
         return b""
@@ -572,8 +577,22 @@ class Server:
         return b""
 
     def _lseek(self, request: Request) -> bytes:
+        """Look for data or a hole. What is being written may still be in the kernel's cache, and has to come first."""
         fd, offset, whence = fuse.LSEEK_IN.unpack_from(request.data)
-        return fuse.LSEEK_OUT.pack(os.lseek(fd, offset, whence))
+        node = self._open[fd]
+        if self._written.isdisjoint(node.fds):
+            return fuse.LSEEK_OUT.pack(os.lseek(fd, offset, whence))
+        copy = os.dup(fd)
+
+        def seek() -> bytes:
+            try:
+                with contextlib.suppress(FileNotFoundError):  # the kernel has nothing of it any more
+                    os.write(self._device, fuse.inval_inode(node.ino))
+                return fuse.LSEEK_OUT.pack(os.lseek(copy, offset, whence))
+            finally:
+                os.close(copy)
+
+        raise self._aside(request, seek)
 
     def _copy_file_range(self, request: Request) -> bytes:
         source, offset, _, target, at, length, _ = fuse.COPY_FILE_RANGE_IN.unpack_from(request.data)
