@@ -22,21 +22,52 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
+# What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
+ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
+GUESTS = ["tests/test_guest.py"]
+GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
+    """All tests but those of `engines`, `gate` and `guests`; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS]))
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
+    _test(session, *ENGINES)
+
+
+@nox.session
+def guests(session: nox.Session) -> None:
+    """Guests themselves; what needs their kernels is in `tests`. Arguments go to pytest."""
+    _test(session, *GUESTS)
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Adaptive benchmark runs, compare and gate; arguments go to pytest."""
+    _test(session, *GATE)
+
+
+def _test(session: nox.Session, *arguments: str) -> None:
     install(session, "fuse", "serve", "test")
     # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
-    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *session.posargs)
+    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *arguments, *session.posargs)
 
 
 @nox.session
 def openzfs(session: nox.Session) -> None:
-    """The zfs tests on OpenZFS, in a guest that is prepared the first time; arguments go to pytest there."""
+    """The zfs tests on OpenZFS in a QEMU guest, which is prepared the first time; arguments go to pytest there."""
     install(session, "fuse", "guest", "test")
-    processors = str(len(os.sched_getaffinity(0)))
+    processors = len(os.sched_getaffinity(0))
     guest = ("layerfs", "guest", "--kind=qemu", "--memory=3G", f"--cpus={processors}", "--timeout=2400", "--")
     session.run(*guest, "pytest", *(session.posargs or ["tests/test_zfs.py"]))
+    # Without KVM a start takes long, so what differs between the kinds of guest is tried in a few of them.
+    these = "changes_only_what_it_may or byte_for_byte or killed_launcher or every_driver"
+    session.run("pytest", "tests/test_guest.py", "-k", these, env={"LAYERFS_TEST_GUEST": "qemu"})
 
 
 @nox.session
@@ -58,9 +89,9 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, in one run; arguments go to it."""
+    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
     install(session, "fuse")
-    session.run("python", "-m", "layerfs.bench.peers", *session.posargs)
+    session.run("python", "-m", "layerfs.bench.peers")
 
 
 @nox.session(venv_backend="none")

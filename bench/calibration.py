@@ -14,6 +14,9 @@ from layerfs.bench.results import Run, Series
 from layerfs.bench.scratch import AGAIN, driver_of
 from layerfs.bench.statistics import Interval
 
+PROCESSOR = " (processor)"
+"""Ends the name of a step where its processor time is meant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Noise:
@@ -46,7 +49,13 @@ def measured(run: Run) -> list[Noise]:
         for (label, step, target), again in found.items()
         if driver_of(target) != target and (label, step, driver_of(target)) in found
     ]
-    return [noise(one.workload.label, one.step, one.target, one.seconds, two.seconds) for one, two in pairs]
+    found_noise = []
+    for one, two in pairs:
+        label, step, target = one.workload.label, one.step, one.target
+        found_noise.append(noise(label, step, target, one.seconds, two.seconds))
+        if one.processor and two.processor:
+            found_noise.append(noise(label, step + PROCESSOR, target, one.processor, two.processor))
+    return found_noise
 
 
 def noise(workload: str, step: str, target: str, first: Sequence[float], second: Sequence[float]) -> Noise:

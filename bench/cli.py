@@ -30,7 +30,7 @@ from layerfs.guest import KINDS
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
-_PIPE_WIDTH = 200  # where no terminal tells its own
+PIPE_WIDTH = 200  # where no terminal tells its own
 _GUEST_MEMORY, _MEMORY_OF_SIZES = 2 << 30, 6  # bytes, and times the large file, all of which stay cached when warm
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
@@ -80,13 +80,13 @@ def bench(
 ) -> int | None:
     """Measure drivers on this machine.
 
-    Makes scratch stores of its own, measures every workload on layers fresh for each sample, prints a table and keeps
+    Makes scratch stores of its own, measures each workload on layers fresh for each sample, prints a table and keeps
     all samples in a run file, which `pytest-benchmark compare` opens too. Nothing else stays.
 
     \b
     Profiles:
       smoke    a few workloads on small files, below a minute
-      default  every workload, repeated until its interval is narrow or the time is spent
+      default  plain I/O, copy-up, the life of layers, diff and apply, until intervals are narrow or time is spent
       full     every workload with every size and parameter; when it was stopped, the same command goes on
     """
     if listing:
@@ -109,7 +109,7 @@ def bench(
             targets.insert(0, NATIVE)
         plan = runner.Plan(
             targets=targets,
-            workloads=workload.chosen(wanted, sizes, seed, full=usual.sweeps),
+            workloads=workload.chosen(_possible(wanted, names, errors), sizes, seed, full=usual.sweeps),
             size=max(sizes),
             rounds=rounds,
             seed=seed,
@@ -120,7 +120,7 @@ def bench(
             memory=parse_size(memory) if memory else None,
         )
         kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
-        with _progress(errors) as progress:
+        with bar(errors) as progress:
             run = runner.run(plan, interrupts, progress, kept)
         _report(run, output, as_json, errors)
         if kept:
@@ -157,6 +157,18 @@ def _given_options(*but: str) -> list[str]:
             else:
                 words.append(f"{parameter.opts[0]}={each}")
     return words
+
+
+def _possible(wanted: list[str], named: tuple[str, ...], errors: Console) -> list[str]:
+    """Without the workloads that this host cannot measure, which are said; one that was named is refused."""
+    known = workload.discover()
+    reasons = {name: known[name].hindrance() for name in wanted or known if name in known}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    if named and refused:
+        raise EnvironmentUnfit("; ".join(f"the workload {name!r}: {reason}" for name, reason in refused.items()))
+    for name, reason in refused.items():
+        errors.print(f"Left out: {name}: {reason}", markup=False)
+    return [name for name in wanted or known if name not in refused]
 
 
 def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:
@@ -197,7 +209,7 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
 
 
 @contextmanager
-def _progress(errors: Console) -> Iterator[runner.Progress]:
+def bar(errors: Console) -> Iterator[runner.Progress]:
     """A bar, on a terminal."""
     if not errors.is_terminal:
         yield lambda _text, _part: None
@@ -221,7 +233,7 @@ def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> No
     if as_json:
         print_json(contents)
     else:
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table.render(run))
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
     for warning in run.warnings:
         errors.print(f"Note: {warning}", markup=False)
     click.echo(f"Run file: {file}", err=as_json)

@@ -29,6 +29,8 @@ class Base:
     key: str
     size: int
     fill: Callable[[Path], None]
+    depth: int = 1
+    """Layers that it consists of: those above the first hold one small file each."""
 
 
 def lower_file(size: int, seed: int) -> Base:
@@ -48,12 +50,30 @@ def small_files(count: int, size: int, seed: int) -> Base:
     return Base(f"files-{count}-{size}-{seed}", size, fill)
 
 
-def write_random(path: Path, size: int, seed: int) -> None:
-    """Make a file of ``size`` random bytes that depend on ``seed`` alone, and have it on the disk."""
+def even_files(count: int, size: int, seed: int) -> Base:
+    """``count`` files of ``size`` bytes each, ``even/0000/00000.dat`` and so on, 100 to a directory."""
+
+    def fill(root: Path) -> None:
+        for number in range(count):
+            path = root / even_file(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_random(path, size, seed + number, durable=False)
+
+    return Base(f"even-{count}-{size}-{seed}", count * size, fill)
+
+
+def even_file(number: int) -> str:
+    """The name of one of `even_files`."""
+    return f"even/{number // 100:04}/{number:05}.dat"
+
+
+def write_random(path: Path, size: int, seed: int, *, durable: bool = True) -> None:
+    """Make a file of ``size`` random bytes that depend on ``seed`` alone, and have it on the disk if ``durable``."""
     source = random.Random(seed)  # noqa: S311 - not for secrets
     with open(path, "wb", buffering=0) as file:
         file.writelines(source.randbytes(min(_CHUNK, size - offset)) for offset in range(0, size, _CHUNK))
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def tree(count: int, size: int, seed: int) -> Iterator[tuple[str, bytes]]:

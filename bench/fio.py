@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from layerfs.errors import LayerfsError, OutOfSpace
 
@@ -39,12 +40,14 @@ class Outcome:
             milliseconds, of which there is at least one.
         bytes, operations: moved and done in that time.
         latencies: seconds of completion and how many operations took so long (fio's histogram, 1.6 % wide bins).
+        processor: seconds of processor time, in and outside the kernel.
     """
 
     seconds: float
     bytes: int
     operations: int
     latencies: Mapping[float, int]
+    processor: float
 
 
 def version() -> str:
@@ -84,7 +87,7 @@ def run(file: Path, mode: str, block: int, size: int, *, seed: int, **options: o
     return _outcome(answer["jobs"][0], "read" if "read" in mode else "write")
 
 
-def _answer(arguments: list[str]) -> dict[str, list[dict[str, dict[str, object]]]]:
+def _answer(arguments: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Run fio in a session of its own: a terminal's Ctrl-C reaches layerfs alone, which then ends fio."""
     environment = {**os.environ, "LC_ALL": "C"}
     with subprocess.Popen(
@@ -103,17 +106,18 @@ def _answer(arguments: list[str]) -> dict[str, list[dict[str, dict[str, object]]
         if "No space left" in reason or "quota exceeded" in reason:
             raise OutOfSpace(f"running fio: {reason}")
         raise LayerfsError(f"running fio: {reason}")
-    answer: dict[str, list[dict[str, dict[str, object]]]] = json.loads(out[out.index("{") :])
+    answer: dict[str, list[dict[str, Any]]] = json.loads(out[out.index("{") :])
     return answer
 
 
-def _outcome(job: dict[str, dict[str, object]], direction: str) -> Outcome:
-    figures = job[direction]
+def _outcome(job: dict[str, Any], direction: str) -> Outcome:
+    figures: dict[str, object] = job[direction]
     return Outcome(
         seconds=max(_number(figures["runtime"]), 1) / 1e3,
         bytes=int(_number(figures["io_bytes"])),
         operations=int(_number(figures["total_ios"])),
         latencies=_latencies(figures),
+        processor=(_number(job["usr_cpu"]) + _number(job["sys_cpu"])) / 100 * _number(job["job_runtime"]) / 1e3,
     )
 
 

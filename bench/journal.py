@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,17 @@ def _entry(sample: Sample) -> dict[str, object]:
         "target": sample.target,
         "workload": sample.workload.label,
         "round": sample.round,
-        "timings": [[t.step, t.seconds, t.bytes, t.operations, list(t.latencies.items())] for t in sample.timings],
+        "timings": [[*astuple(t)[:4], list(t.latencies.items()), t.processor] for t in sample.timings],
         "counters": dict(sample.counters),
         "cache": [sample.cache.asked, sample.cache.how, sample.cache.resident] if sample.cache else None,
     }
 
 
 def _sample(entry: dict[str, Any], work: Workload) -> Sample:
-    timings = [Timing(step, seconds, size, count, dict(many)) for step, seconds, size, count, many in entry["timings"]]
+    timings = [
+        Timing(step, seconds, size, count, dict(many), processor)
+        for step, seconds, size, count, many, processor in entry["timings"]
+    ]
     cache = entry["cache"]
     reached = Reached(CacheState(cache[0]), cache[1], cache[2]) if cache else None
     return Sample(entry["target"], work, entry["round"], timings, entry["counters"], reached)

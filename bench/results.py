@@ -39,6 +39,12 @@ class Series:
         return [timing.seconds for timing in self.timings]
 
     @property
+    def processor(self) -> list[float]:
+        """Seconds of processor time; empty where a sample has none."""
+        found = [timing.processor for timing in self.timings]
+        return found if all(found) else []
+
+    @property
     def speeds(self) -> list[float]:
         """Bytes or operations per second where the timings count them, otherwise seconds."""
         return [(t.operations or t.bytes) / t.seconds if t.operations or t.bytes else t.seconds for t in self.timings]

@@ -100,6 +100,7 @@ def _extra(series: Series) -> dict[str, object]:
         "bytes": [timing.bytes for timing in series.timings],
         "operations": [timing.operations for timing in series.timings],
         "latencies": [[[seconds, number] for seconds, number in sorted(t.latencies.items())] for t in series.timings],
+        "processor": series.processor,
         "rounds": [sample.round for sample in series.samples],
         "counters": {name: [sample.counters[name] for sample in series.samples] for name in first.counters},
         "cache": [

@@ -6,11 +6,12 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from layerfs.bench import caches, fingerprint, memory
 from layerfs.bench.caches import CacheState, Reached
@@ -18,7 +19,7 @@ from layerfs.bench.fitness import Watch
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
 from layerfs.bench.results import Run, Sample, split
-from layerfs.bench.scratch import Scratch
+from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.statistics import median
 from layerfs.bench.target import Layer, Target
 from layerfs.bench.workload import Workload
@@ -99,8 +100,12 @@ def run(
     interrupts: Interrupts,
     progress: Progress = lambda _text, _part: None,
     journal: Journal | None = None,
+    kinds: Mapping[str, type[StoreTarget]] = MappingProxyType({}),
 ) -> Run:
     """Take every sample of ``plan`` and leave nothing behind, but for ``journal`` what that needs to go on.
+
+    Args:
+        kinds: see `Scratch`.
 
     Raises `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` before anything is made if the plan cannot work here,
     what the layers raise while it does, and KeyboardInterrupt where ``interrupts`` saw a signal.
@@ -108,7 +113,7 @@ def run(
     _check(plan)
     earlier = journal.samples(plan.workloads) if journal else []
     started, watch = datetime.now(UTC), Watch(plan.place)
-    with Scratch(plan.place, interrupts) as scratch, memory.capped(plan.memory):
+    with Scratch(plan.place, interrupts, kinds) as scratch, memory.capped(plan.memory):
         for work in plan.workloads:
             with interrupts.allowed():
                 work.prepare(scratch.shared)

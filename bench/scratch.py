@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Self
 
 from layerfs import mounts
@@ -28,16 +30,23 @@ AGAIN = " again"
 
 
 def driver_of(target: str) -> str:
-    return target.removesuffix(AGAIN)
+    """The driver that a target's name begins with."""
+    return target.partition(" ")[0]
 
 
 class Scratch:
     """A directory below ``place`` that is gone when the context ends, with every mount and loop device in it.
 
     What a killed run left in ``place`` is taken away as well.
+
+    Args:
+        kinds: for single targets, what to use instead of `StoreTarget`.
     """
 
-    def __init__(self, place: Path, interrupts: Interrupts) -> None:
+    def __init__(
+        self, place: Path, interrupts: Interrupts, kinds: Mapping[str, type[StoreTarget]] = MappingProxyType({})
+    ) -> None:
+        self._kinds = kinds
         self._place = place
         self._interrupts = interrupts
         self._leaving = ExitStack()
@@ -74,7 +83,7 @@ class Scratch:
         store = Store(self.root / name.replace(" ", "-"), driver, backing=backing)
         self._leaving.callback(store.close)
         self._leaving.callback(_empty, store)
-        return StoreTarget(name, store, self._interrupts)
+        return self._kinds.get(name, StoreTarget)(name, store, self._interrupts)
 
     def _native(self, name: str, filesystem: str | None, size: int) -> NativeTarget:
         if filesystem in (None, DIRECTORY):
@@ -99,8 +108,15 @@ class StoreTarget(Target):
         tree = self.mount(key)
         with self._interrupts.allowed():
             base.fill(tree)
+        top = base.key if base.depth == 1 else f"{base.key} 1"
         with self._interrupts.held():
-            self._store.commit(base.key, key)
+            self._store.commit(top, key)
+        for number in range(2, base.depth + 1):
+            below, top = top, base.key if number == base.depth else f"{base.key} {number}"
+            with self._interrupts.held():
+                self._store.prepare(key, below)
+                (self._store.mount(key) / f"layer-{number}").write_text(str(number))
+                self._store.commit(top, key)
 
     def create(self, key: str, base: Base | None) -> None:
         with self._interrupts.held():

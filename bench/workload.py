@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Timing:
         bytes: moved in that time; 0 where the figure to read is a latency or a rate of operations.
         operations: done in that time; 0 where the figure to read is a latency or a throughput.
         latencies: seconds of single operations and how often each occurred, as far as they were recorded.
+        processor: seconds of processor time, in the kernel and outside, that the process which did it used; 0 where
+            nobody knows. It does not grow with waiting, and so tells more work from a busy machine.
     """
 
     step: str
@@ -41,6 +44,23 @@ class Timing:
     bytes: int = 0
     operations: int = 0
     latencies: Mapping[float, int] = field(default_factory=dict)
+    processor: float = 0.0
+
+
+class Stopwatch:
+    """Clocks steps that follow each other in this process, by the wall and by processor time."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def lap(self, step: str, **figures: Any) -> Timing:
+        """What has passed since the last lap, as the `Timing` of ``step``; ``figures`` are its other fields."""
+        seconds, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        self._restart()
+        return Timing(step, seconds, processor=processor, **figures)
+
+    def _restart(self) -> None:
+        self._processor, self._wall = time.process_time(), time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,11 @@ class Workload(ABC):
         """Whether these parameters go together (a block is not larger than the file)."""
         return True
 
+    @classmethod
+    def hindrance(cls) -> str:
+        """Why it cannot be measured on this host; "" where it can."""
+        return ""
+
     @property
     def base(self) -> Base | None:
         """The committed layer that a sample's layer stands on; None for a layer without parent."""
@@ -111,7 +136,10 @@ class Workload(ABC):
         """Do the work and clock it."""
 
     def counters(self, layer: Layer) -> dict[str, int]:  # noqa: ARG002
-        """Figures that do not depend on the machine's mood (bytes copied, blocks allocated), taken after `measure`."""
+        """Figures that do not depend on the machine's mood (bytes copied, blocks allocated), taken after `measure`.
+
+        The lower, the better: the gate takes more of any of them as a regression.
+        """
         return {}
 
     def tear_down(self, layer: Layer) -> None:  # noqa: B027

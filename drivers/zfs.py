@@ -27,7 +27,7 @@ from typing import Final
 from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.backings import zfs_tools
-from layerfs.backings.zfs_fuse import Daemon
+from layerfs.backings.zfs_fuse import Daemon, unmount
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
 from layerfs.backings.zpool import LOCK
 from layerfs.changes import compare, compare_paths
@@ -382,7 +382,7 @@ class ZfsDriver(SnapshotDriver):
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise refused(f"looking for the volume {volume!r}", error, "close the store and open it again") from error
+            raise refused(f"looking for the volume {volume!r}", error, "open the store again") from error
 
     def _hide(self, volume: str) -> None:
         """Unmount the dataset, or refuse with `FailedPrecondition`."""
@@ -391,8 +391,9 @@ class ZfsDriver(SnapshotDriver):
             return
         if self._is_shown(volume):
             self._write_out(volume)
-            time.sleep(0.01)  # it has to be told of the last file closed before its file system goes
-            mounts.unmount(self.tree_path(volume))
+            top = Path(os.path.realpath(self.root))
+            point = next(point for point in reversed(mounts.table()) if point.target == top / volume)
+            unmount(point)
 
     def _hide_oldest(self) -> None:
         """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""

@@ -111,6 +111,34 @@ def test_copy_up_is_counted_in_whole_files_or_blocks_and_is_never_negative(scrat
     assert copied["vfs"] < 1 << 20, "it was copied when the layer was made"
 
 
+def test_counters_show_what_sets_the_drivers_apart(scratch: Path, tmp_path: Path) -> None:
+    """Shared page cache, fragments, whole copies of a file of which little changes."""
+    wanted = [name for name in ("overlay2", "btrfs") if name in _usable(scratch)]
+    file = tmp_path / "run.json"
+    works = "cache-share,frag-read,copyup-crossover,append-many,append-big,start-stop-density,deep-layers"
+    arguments = ("--no-native", "--size", "4M", "--rounds", "1", "--workload", works, "--output", str(file))
+    done = _bench(scratch, "--driver", ",".join(wanted), *arguments)
+    assert done.returncode == 0, done.stderr
+    extras = [b["extra_info"] for b in json.loads(file.read_text())["benchmarks"]]
+    counters = {(e["label"], c, e["target"]): v[0] for e in extras for c, v in e["counters"].items()}
+    if "overlay2" in wanted:
+        assert counters["cache-share", "bytes cached", "overlay2"] < 5 << 20, "one place for four readers"
+        assert counters["copyup-crossover 1", "bytes copied up", "overlay2"] >= 4 << 20
+        assert counters["append-big", "bytes copied up", "overlay2"] >= 4 << 20
+    if "btrfs" in wanted:
+        assert counters["cache-share", "bytes cached", "btrfs"] > 15 << 20, "one place for each reader"
+        assert counters["copyup-crossover 1", "bytes copied up", "btrfs"] < 1 << 20
+        assert counters["frag-read", "extents", "btrfs"] > 50
+
+
+def test_the_remaining_workloads_run(scratch: Path, tmp_path: Path) -> None:
+    works = "reread,bs-crossover,parallel-light,parallel-heavy,tree-walk"
+    arguments = ("--size", "4M", "--rounds", "1", "--workload", works, "--output", str(tmp_path / "run.json"))
+    done = _bench(scratch, "--driver", "overlay2", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in works.split(","))
+
+
 def test_json_is_the_run_file_and_nothing_else(scratch: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     arguments = ("--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "layer-lifecycle", "--json")
@@ -208,8 +236,9 @@ def _wait_for_handler(pid: int) -> None:
 def test_what_a_killed_run_left_goes_with_the_next_one(scratch: Path, tmp_path: Path) -> None:
     command = [*_COMMAND, "--scratch", str(scratch), "--driver", "overlay2", "--size", "16M", "--rounds", "100"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        _wait_for_handler(process.pid)
-        time.sleep(2)
+        while process.poll() is None and not list(scratch.glob("*/overlay2")):
+            time.sleep(0.1)
+        time.sleep(1)
         process.kill()
     assert os.listdir(scratch), "it was killed in the middle"
     arguments = ("--size", "1M", "--rounds", "1", "--workload", "seqwrite-new", "--output", str(tmp_path / "run.json"))

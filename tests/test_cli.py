@@ -390,7 +390,9 @@ def test_source_date_epoch_limits_times(cli: Cli, place: Path) -> None:
     cli("apply", "work", "-", feed=BASE)
     cli("diff", "work", "-o", place / "out.tar", SOURCE_DATE_EPOCH="1000000000")
     with tarfile.open(place / "out.tar") as tar:
-        assert {member.mtime for member in tar} == {1_000_000_000}
+        times = {member.name: member.mtime for member in tar}
+    assert times.pop(".") == 0  # an archive without an entry for the root leaves it as old as can be
+    assert set(times.values()) == {1_000_000_000}
     cli("diff", "work", "-o", place / "out.tar", code=2, SOURCE_DATE_EPOCH="yesterday")
 
 
@@ -472,11 +474,10 @@ def test_gc_frees_what_an_interrupted_import_left_and_says_so(cli: Cli, image: P
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*program.commands, "bench"])
+@pytest.mark.parametrize("name", [*(name for name in program.commands if name != "serve"), "serve docker", "bench"])
 def test_every_command_has_help_with_examples(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerfs.cli", name, "--help"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "layerfs.cli", *name.split(), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     if name != "completion":
         assert "--root" in done.stdout
         assert "--driver" in done.stdout

@@ -351,7 +351,8 @@ def change(store: Store, parent: str, name: str, content: bytes, *, measured: bo
         (path / "added").write_bytes(content)
         os.utime(path / "added", (5e8, 5e8))
         os.utime(path, (5e8, 5e8))
-        (path / "etc/a").unlink(missing_ok=True)
+        if (path / "etc/a").is_file():
+            (path / "etc/a").unlink()
     store.commit(name, "work", digest=measured)
 
 
@@ -658,6 +659,6 @@ def test_several_images_in_one_folder_are_kept_apart(overlay: Store, umoci_image
     images: list[Image] = [overlay.images.export(name, dest) for name in names]
     for name, image in zip(names, images, strict=True):
         assert json.loads(run("skopeo", "inspect", f"oci:{dest}:{name}"))["Digest"] == image.digest
-    assert run("umoci", "ls", "--layout", dest).split() == ["mine", "v1"]
+    assert sorted(run("umoci", "ls", "--layout", dest).split()) == ["mine", "v1"]
     with pytest.raises(LayerfsError):
         overlay.images.export("mine", umoci_image / "blobs")

@@ -233,7 +233,7 @@ def test_a_daemon_that_was_killed(up: Backing, driver: ZfsDriver) -> None:
     while Daemon(up.root).pid() is not None:
         time.sleep(0.01)
     for attempt in (lambda: driver.create("w", ()), lambda: driver.mounts("v", ())):
-        with pytest.raises(LayerfsError, match="open it again"):
+        with pytest.raises(LayerfsError, match="open the store again"):
             attempt()
     up.up()
     again = ZfsDriver(up.path)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from dataclasses import dataclass
 
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,19 @@ class CopyupFirstWrite(Workload):
     def measure(self, layer: Layer) -> list[Timing]:
         data = random.Random(self.seed).randbytes(self.change)  # noqa: S311
         middle = self.size // 2 // self.change * self.change
-        clock = time.perf_counter
-        times = [clock()]
+        timings, clock = [], Stopwatch()
         file = os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC)
         try:
-            times.append(clock())
+            timings.append(clock.lap("open"))
             os.pwrite(file, data, middle)
-            times.append(clock())
+            timings.append(clock.lap("first write"))
             os.fsync(file)
-            times.append(clock())
+            timings.append(clock.lap("fsync"))
             os.pwrite(file, data, 0)
             os.fsync(file)
-            times.append(clock())
+            timings.append(clock.lap("second write"))
         finally:
             os.close(file)
-        steps = ("open", "first write", "fsync", "second write")
-        timings = [Timing(step, end - begin) for step, begin, end in zip(steps, times, times[1:], strict=False)]
         made = [Timing("make the layer", layer.created)] if layer.created is not None else []
         return [*timings, *made]
 

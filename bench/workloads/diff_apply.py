@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench.caches import write_back
 from layerfs.bench.content import small_files, write_tar
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,17 @@ class DiffApply(Workload):
 
     def _apply(self, layer: Layer) -> Timing:
         with open(self._tar(layer.shared), "rb") as tar:
-            begin = time.perf_counter()
+            clock = Stopwatch()
             size = layer.target.apply(layer.key, tar)
-            return Timing("apply", time.perf_counter() - begin, bytes=size)
+            return clock.lap("apply", bytes=size)
 
     def _diff(self, layer: Layer) -> Timing:
         with layer.target.fresh(None, layer.shared) as written, open("/dev/null", "wb") as sink:
             small_files(self.files, self.amount, self.seed).fill(written.path)
             write_back(written.path)
-            begin = time.perf_counter()
+            clock = Stopwatch()
             size = written.target.diff(written.key, sink)
-            return Timing("diff", time.perf_counter() - begin, bytes=size)
+            return clock.lap("diff", bytes=size)
 
     def _tar(self, shared: Path) -> Path:
         return shared / f"diff-apply-{self.files}-{self.amount}-{self.seed}.tar"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from statistics import median
 
 from layerfs.bench.content import Base, small_files
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class LayerLifecycle(Workload):
             "unmount": lambda: target.unmount(key),
             "remove": lambda: target.remove(key),
         }
-        seconds: dict[str, list[float]] = {step: [] for step in steps}
+        taken: dict[str, list[Timing]] = {step: [] for step in steps}
         for _ in range(self.repetitions):
             for step, action in steps.items():
-                begin = time.perf_counter()
+                clock = Stopwatch()
                 action()
-                seconds[step].append(time.perf_counter() - begin)
-        return [Timing(step, median(values), latencies=Counter(values)) for step, values in seconds.items()]
+                taken[step].append(clock.lap(step))
+        return [_median(step, timings) for step, timings in taken.items()]
 
     def tear_down(self, layer: Layer) -> None:
         layer.target.discard(self._key(layer))
@@ -56,3 +55,8 @@ class LayerLifecycle(Workload):
     @staticmethod
     def _key(layer: Layer) -> str:
         return f"{layer.key} repeated"
+
+
+def _median(step: str, timings: list[Timing]) -> Timing:
+    seconds = [timing.seconds for timing in timings]
+    return Timing(step, median(seconds), latencies=Counter(seconds), processor=median(t.processor for t in timings))

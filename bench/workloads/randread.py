@@ -42,4 +42,6 @@ class Randread(Workload):
     def measure(self, layer: Layer) -> list[Timing]:
         amount = max(self.size // self.part, self.block)
         done = fio.run(layer.path / LOWER_FILE, "randread", self.block, self.size, seed=self.seed, io_size=amount)
-        return [Timing("read", done.seconds, operations=done.operations, latencies=done.latencies)]
+        return [
+            Timing("read", done.seconds, operations=done.operations, latencies=done.latencies, processor=done.processor)
+        ]

@@ -46,7 +46,11 @@ class Randwrite(Workload):
             overwrite=1,
             allow_file_create=0,
         )
-        return [Timing("write", done.seconds, operations=done.operations, latencies=done.latencies)]
+        return [
+            Timing(
+                "write", done.seconds, operations=done.operations, latencies=done.latencies, processor=done.processor
+            )
+        ]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes allocated": layer.grown}

@@ -25,7 +25,7 @@ class RewriteUpper(Workload):
     def measure(self, layer: Layer) -> list[Timing]:
         file = layer.path / "own.dat"
         done = fio.run(file, "write", self.block, self.size, seed=self.seed, end_fsync=1, overwrite=1)
-        return [Timing("rewrite", done.seconds, bytes=done.bytes, latencies=done.latencies)]
+        return [Timing("rewrite", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes allocated": layer.grown}

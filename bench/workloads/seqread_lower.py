@@ -43,4 +43,4 @@ class SeqreadLower(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         done = fio.run(layer.path / LOWER_FILE, "read", self.block, self.size, seed=self.seed)
-        return [Timing("read", done.seconds, bytes=done.bytes, latencies=done.latencies)]
+        return [Timing("read", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]

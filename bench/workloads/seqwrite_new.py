@@ -21,7 +21,7 @@ class SeqwriteNew(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         done = fio.run(layer.path / "new.dat", "write", self.block, self.size, seed=self.seed, end_fsync=1)
-        return [Timing("write", done.seconds, bytes=done.bytes, latencies=done.latencies)]
+        return [Timing("write", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes allocated": layer.grown}

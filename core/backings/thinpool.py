@@ -32,6 +32,9 @@ _SMALLEST = 64 * places.MIB
 _SMALLEST_METADATA = 2 * places.MIB
 _METADATA_SHARE = 8  # bytes of data for each byte of metadata: more than one block of 4 KiB for each chunk
 
+_CLEAN = "metadata.clean"
+"""The file that is there while the pool is down as `ThinPool.down` left it, so that it need not be checked."""
+
 _HEADER_SIZE = places.MIB
 _MAGIC = b"layerfs thin pool "
 
@@ -39,7 +42,7 @@ _MAGIC = b"layerfs thin pool "
 class ThinPool(Kind):
     """``thinpool``."""
 
-    files = ("backing.img", "backing.img.new", "metadata.img", "metadata.img.new")
+    files = ("backing.img", "backing.img.new", "metadata.img", "metadata.img.new", _CLEAN)
 
     @classmethod
     def validate(cls, spec: BackingSpec) -> None:
@@ -97,12 +100,19 @@ class ThinPool(Kind):
         for device in self._devices:
             if not self._is_ours(device):
                 raise Damaged(f"{device!r} is not the device that was made part of the pool of {str(self.root)!r}")
-        self._activate(check=True)
+        is_clean = self._clean.exists()
+        self._clean.unlink(missing_ok=True)
+        with places.directory(self.root) as fd:
+            os.fsync(fd)  # or else it could be there again after a crash
+        self._activate(check=not is_clean)
 
     def down(self) -> None:
         if users := list(self._users()):
             raise FailedPrecondition(f"the thin pool of {str(self.root)!r} is in use: {', '.join(users)}")
+        is_clean = self._is_sound()
         self._take_down()
+        if is_clean:
+            self._clean.touch(mode=0o600)
         for image in (self._image, self._metadata_image):
             if image is not None and image.exists():
                 places.release(image)
@@ -147,6 +157,10 @@ class ThinPool(Kind):
         return {"pool": self._name}
 
     # Names and places
+
+    @property
+    def _clean(self) -> Path:
+        return self.root / _CLEAN
 
     @property
     def _name(self) -> str:
@@ -204,6 +218,13 @@ class ThinPool(Kind):
                 f"the metadata of the thin pool of {str(self.root)!r} are damaged: {error}; "
                 "thin_repair(8) makes new ones of what can still be read"
             ) from error
+
+    def _is_sound(self) -> bool:
+        """Whether the pool is active and the kernel has found nothing wrong with it."""
+        if not self.is_up():
+            return False
+        status = Pool(self._name).status(flush=True)
+        return status.mode in ("rw", "out_of_data_space") and not status.needs_check
 
     def _take_down(self) -> None:
         """Remove what stands of the pool, with the thin devices that nobody uses."""

@@ -22,7 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+from layerfs import mounts
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError
+from layerfs.kernel import fusectl
 from layerfs.kernel import mountapi as api
 from layerfs.locks import LockFile
 from layerfs.programs import tool
@@ -36,7 +38,7 @@ _ARGUMENTS = ("--no-daemon", "--no-kstat-mount", "--enable-xattr", "--fuse-mount
 _CACHING = ("--fuse-attr-timeout=3600", "--fuse-entry-timeout=3600", "--max-arc-size=128")
 _SOCKET = "run/zfs/zfs_socket"
 _ALIVE = 0
-_START_SECONDS, _END_SECONDS = 30.0, 10.0
+_START_SECONDS, _SETTLE_SECONDS, _END_SECONDS = 30.0, 20.0, 10.0
 
 
 class Daemon:
@@ -70,7 +72,7 @@ class Daemon:
         pid = self.pid()
         if pid is None:
             raise FailedPrecondition(
-                f"the zfs-fuse of {str(self.root)!r} has ended; close the store and open it again (its data is safe)"
+                f"the zfs-fuse of {str(self.root)!r} has ended; open the store again (committed layers are safe)"
             )
         return [tool("nsenter", "util-linux"), f"--mount=/proc/{pid}/ns/mnt", "--"]
 
@@ -96,6 +98,14 @@ class Daemon:
             time.sleep(0.01)
         # It is to live on without us: as a child it would be waited for, or be told of as a zombie.
         _forget(process)
+
+    def is_stuck(self, path: Path) -> bool:
+        """Whether it has let the file system at ``path`` wait for long."""
+        try:
+            subprocess.run(["stat", "-f", path], capture_output=True, check=False, timeout=_SETTLE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     def stop(self) -> None:
         """End it; its pools have to be exported."""
@@ -136,6 +146,18 @@ class Daemon:
             finally:
                 os.close(fd)
         return True
+
+
+def unmount(point: mounts.MountPoint) -> None:
+    """Unmount a file system of zfs-fuse. Raises `FailedPrecondition` where it is in use.
+
+    The daemon waits, without end and without doing anything else, for the last user of a file system that goes; one
+    whose last close it was not told of never goes. So it is given the time to hear of that first.
+    """
+    if not fusectl.settle(point.device, _SETTLE_SECONDS):
+        text = f"unmounting {str(point.target)!r}: zfs-fuse does not answer"
+        raise FailedPrecondition(f"{text}; end its process and open the store again, committed layers are safe")
+    mounts.unmount(point.target)
 
 
 def _forget(process: subprocess.Popen[bytes]) -> None:

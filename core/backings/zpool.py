@@ -188,6 +188,8 @@ class Zpool(Kind):
     def _take_apart(self) -> None:
         """Unmount, export, end the daemon; what is gone already is passed over."""
         try:
+            if self._daemon is not None and self._daemon.is_stuck(self.path):
+                self._daemon.stop()  # the pool stays as it was at its last transaction
             if not self._is_gone():
                 self._unmount_all()
                 self._export()
@@ -202,15 +204,11 @@ class Zpool(Kind):
             mounts.unmount(self.path)
 
     def _unmount_all(self) -> None:
-        points = self._points()
-        for point in points:
-            with contextlib.suppress(OSError):
-                os.statvfs(point.target)
-        if points and self._daemon is not None:
-            # zfs-fuse never gets over a file system that goes before it was told of the last file closed.
-            time.sleep(0.02)
-        for point in reversed(points):
-            mounts.unmount(point.target)
+        for point in reversed(self._points()):
+            if self._daemon is not None:
+                zfs_fuse.unmount(point)
+            else:
+                mounts.unmount(point.target)
 
     def _export(self) -> None:
         deadline = time.monotonic() + _BUSY_SECONDS

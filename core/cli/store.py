@@ -65,24 +65,30 @@ def drivers(as_json: bool) -> None:
         "init --driver overlay2",
         "init --driver btrfs --backing btrfs:20G",
         "init --driver overlay2 --backing ext4 --device /dev/sdb1",
+        "init --driver devicemapper --backing thinpool --device /dev/sdb1 --metadata-device /dev/sdb2",
     ),
 )
 @click.option(
-    "--backing", metavar="FS[:SIZE]", help="Keep the data on a file system of its own: dir, btrfs, ext4, xfs, zfs."
+    "--backing",
+    metavar="FS[:SIZE]",
+    help="Keep the data on a file system or pool of its own: dir, btrfs, ext4, xfs, thinpool, zfs.",
 )
 @click.option("--device", metavar="DEVICE", help="Make that file system on this device, not on a sparse file.")
+@click.option("--metadata-device", metavar="DEVICE", help="Keep a thin pool's metadata on this device.")
 @click.option("--force", is_flag=True, help="Even if the device holds data, which is lost then.")
 @click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="A setting of the driver; may be repeated."
 )
-def init(backing: str | None, device: str | None, force: bool, options: tuple[str, ...]) -> None:
+def init(
+    backing: str | None, device: str | None, metadata_device: str | None, force: bool, options: tuple[str, ...]
+) -> None:
     """Make a store, and print where it is.
 
     The store remembers its driver and options. A store that is there already is left as it is, if it fits. Without
     --backing the data lives in the store's directory, or on a sparse file where the driver needs another file system
     (its size is the most that it may grow to).
     """
-    spec = _backing_spec(backing, device)
+    spec = _backing_spec(backing, device, metadata_device)
     with open_store(create=True, options=pairs(options, "--option"), backing=spec, force=force) as store:
         click.echo(os.fsencode(store.root))
 
@@ -148,20 +154,20 @@ def migrate(to: str, backing: str | None, dest: Path) -> None:
     from layerfs.store import Store
 
     place = Path(os.path.abspath(dest))
-    spec = _backing_spec(backing, None)
+    spec = _backing_spec(backing, None, None)
     with open_store() as source, Store(place, to, backing=spec) as target, step_progress() as progress:
         copy(source, target, progress)
         click.echo(os.fsencode(target.root))
 
 
-def _backing_spec(backing: str | None, device: str | None) -> BackingSpec | None:
-    """``FS[:SIZE]`` and the device as the store takes them."""
+def _backing_spec(backing: str | None, device: str | None, metadata_device: str | None) -> BackingSpec | None:
+    """``FS[:SIZE]`` and the devices as the store takes them."""
     from layerfs.backing import BackingSpec
     from layerfs.sizes import parse_size
 
     if backing is None:
-        if device is not None:
+        if device is not None or metadata_device is not None:
             raise InvalidArgument("--device needs --backing to say which file system to make on it")
         return None
     filesystem, _, size = backing.partition(":")
-    return BackingSpec(filesystem, parse_size(size) if size else None, device)
+    return BackingSpec(filesystem, parse_size(size) if size else None, device, metadata_device=metadata_device)

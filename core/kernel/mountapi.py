@@ -50,10 +50,11 @@ UMOUNT_NOFOLLOW = 8
 VALUE_LIMIT = 255
 """The longest value in bytes that `fsconfig_string` can pass."""
 
-_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 433, 442
 _CLOEXEC = 1
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
-_SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
+_SET_FLAG, _SET_STRING, _CMD_CREATE, _CMD_RECONFIGURE = 0, 1, 6, 7
+_FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 0x1, 0x8
 _MOVE_FROM_EMPTY, _MOVE_TO_EMPTY = 0x4, 0x40
 
 
@@ -76,6 +77,16 @@ def fsconfig_flag(context: int, key: str) -> None:
 def fsconfig_create(context: int) -> None:
     """Make the superblock, or find the one that is there already."""
     _configured(context, syscall(_FSCONFIG, context, _CMD_CREATE, None, None, 0))
+
+
+def fspick(fd: int) -> int:
+    """A context for changing the options of the file system that ``fd`` is on."""
+    return check(syscall(_FSPICK, fd, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH))
+
+
+def fsconfig_reconfigure(context: int) -> None:
+    """Let the context's options count for the file system that it was picked for."""
+    _configured(context, syscall(_FSCONFIG, context, _CMD_RECONFIGURE, None, None, 0))
 
 
 def fsmount(context: int, attributes: int = 0) -> int:

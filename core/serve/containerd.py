@@ -42,7 +42,8 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             stack.enter_context(given)
             # gRPC opens its sockets itself: a relay stands between.
             socket = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerfs-"))) / "socket"
-        pool = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="request"))
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="request")
+        stack.callback(pool.shutdown, cancel_futures=True)  # those that have not begun are not waited for
         sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
         server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
         stop = stack.enter_context(listening.stop_signals())

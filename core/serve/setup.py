@@ -63,7 +63,8 @@ ExecStart={_quoted(program)} serve {engine} --root {_quoted(str(root))} --socket
 Restart=on-failure
 # The engine has to see the mounts of the store: no mount namespace of its own.
 PrivateMounts=no
-KillMode=mixed
+# Programs that serve mounts (aufs, ZFS in user space) go on when the server ends, and containers with them.
+KillMode=process
 TimeoutStopSec=45
 
 [Install]

@@ -62,11 +62,12 @@ class Served:
 
     Args:
         place: a directory; the store is made in it, with a backing where the driver needs one.
+        socket: where it is to listen, if not there as well.
     """
 
-    def __init__(self, engine: str, driver: str, place: Path, *options: str) -> None:
+    def __init__(self, engine: str, driver: str, place: Path, *options: str, socket: Path | None = None) -> None:
         self.root = place / "store"
-        self.socket = place / "layerfs.sock"
+        self.socket = socket or place / "layerfs.sock"
         self.log = place / "layerfs.log"
         self.process: subprocess.Popen[bytes] | None = None
         if filesystems := registry.load(driver).needs.filesystems:

@@ -12,17 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 _REPORTS, _TESTS = "--guest-reports", "--guest-tests"
-_TIMEOUT = 570  # seconds; below what pytest-timeout gives the test that has to wait for the guest
+_TIMEOUT = 1800  # seconds for all tests together
+_PLACE = "/var/tmp"  # noqa: S108 - a plain file system of the guest's own
 _UNFIT = 3  # the exit code of EnvironmentUnfit
 
-_Reports = dict[str, list[pytest.TestReport]]
-_done = pytest.StashKey[dict[str, _Reports]]()
+_guests = pytest.StashKey[dict[str, "_Guest"]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,16 +34,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "guest(kind, unless): run in a guest kernel unless that says True")
-    config.stash[_done] = {}
-
-
-# Inside
+    config.stash[_guests] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if named := config.getoption(_TESTS):
         wanted = frozenset(json.loads(Path(named).read_text()))
         items[:] = [item for item in items if item.nodeid in wanted]
+    for item in items:
+        if _guest_of(item) is not None:
+            item.add_marker(pytest.mark.timeout(0))  # the first has to wait for all; inside, each has its own time
+
+
+# Inside
 
 
 class _Recorder:
@@ -70,11 +74,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     kind = _guest_of(item)
     if kind is None:
         return None
-    done = item.config.stash[_done]
-    if kind not in done:
-        done[kind] = _run(kind, [other for other in item.session.items if _guest_of(other) == kind])
+    guests = item.config.stash[_guests]
+    if kind not in guests:
+        guests[kind] = _Guest(kind, [other for other in item.session.items if _guest_of(other) == kind])
+        item.config.add_cleanup(guests[kind].end)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in done[kind][item.nodeid]:
+    for report in guests[kind].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -88,42 +93,70 @@ def _guest_of(item: pytest.Item) -> str | None:
     return str(mark.args[0])
 
 
-def _run(kind: str, items: list[pytest.Item]) -> _Reports:
-    """Run the tests in a guest; what was reported of each, which for one that the guest did not get to is a failure."""
-    config = items[0].config
-    with tempfile.TemporaryDirectory(prefix="layerfs-guest-") as place:
-        reports, tests = Path(place, "reports"), Path(place, "tests")
-        tests.write_text(json.dumps([item.nodeid for item in items]))
+class _Guest:
+    """A guest that runs tests, and what it has reported so far."""
+
+    def __init__(self, kind: str, items: list[pytest.Item]) -> None:
+        self._kind = kind
+        self._config = items[0].config
+        self._found: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        self._place = tempfile.TemporaryDirectory(prefix="layerfs-guest-")
+        place = self._place.name
+        (tests := Path(place, "tests")).write_text(json.dumps([item.nodeid for item in items]))
+        (reports := Path(place, "reports")).touch()
+        self._reports = open(reports)  # noqa: SIM115 - for as long as the guest runs
+        self._output = open(Path(place, "output"), "w+", errors="replace")  # noqa: SIM115
         guest = ["-m", "layerfs.cli", "guest", "--kind", kind, "--timeout", str(_TIMEOUT), "--write", place, "--"]
         inner = ["-m", "pytest", "-q", "-p", "no:cacheprovider", _REPORTS, str(reports), _TESTS, str(tests)]
-        paths = sorted({str(item.path) for item in items})
-        result = subprocess.run(
-            [sys.executable, *guest, sys.executable, *inner, *paths],
-            cwd=config.rootpath,
-            env=os.environ | {"TMPDIR": "/var/tmp", "PYTHONDONTWRITEBYTECODE": "1"},  # noqa: S108 - /tmp is in memory
+        self._process = subprocess.Popen(
+            [sys.executable, *guest, sys.executable, *inner, *sorted({str(item.path) for item in items})],
+            cwd=self._config.rootpath,
+            env=os.environ | {"TMPDIR": _PLACE, "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
         )
-        found: _Reports = defaultdict(list)
-        for line in reports.read_text().splitlines() if reports.exists() else []:
-            data = json.loads(line)
-            report = config.hook.pytest_report_from_serializable(config=config, data=data)
-            found[report.nodeid].append(report)
-    for item in items:
-        if not any(report.when == "teardown" for report in found[item.nodeid]):
-            found[item.nodeid].append(_unreported(item, kind, result))
-    return found
 
+    def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """What was reported of the test, once it is done; for one that the guest did not get to, a failure."""
+        while True:
+            ended = self._process.poll() is not None
+            self._read()
+            found = self._found[item.nodeid]
+            if any(report.when == "teardown" for report in found):
+                return found
+            if ended:
+                return [*found, self._unreported(item)]
+            time.sleep(0.1)
 
-def _unreported(item: pytest.Item, kind: str, result: subprocess.CompletedProcess[str]) -> pytest.TestReport:
-    last = "\n".join(result.stdout.splitlines()[-60:])
-    place = (str(item.path), (item.location[1] or 0) + 1, "")
-    if result.returncode == _UNFIT:
-        where = (place[0], place[1], f"Skipped: no guest can be run here: {last}")
-        return pytest.TestReport(item.nodeid, item.location, {}, "skipped", where, "setup")
-    text = f"the {kind} guest ended with {result.returncode} and without a result of this test; its last words:\n{last}"
-    return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+    def end(self) -> None:
+        """End the guest, where the tests were broken off, and take away what it left."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        self._reports.close()
+        self._output.close()
+        self._place.cleanup()
+
+    def _read(self) -> None:
+        while True:
+            start = self._reports.tell()
+            line = self._reports.readline()
+            if not line.endswith("\n"):  # it is still being written
+                self._reports.seek(start)
+                return
+            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+            self._found[report.nodeid].append(report)
+
+    def _unreported(self, item: pytest.Item) -> pytest.TestReport:
+        self._output.seek(0)
+        last = "\n".join(self._output.read().splitlines()[-60:])
+        place = (str(item.path), (item.location[1] or 0) + 1, "")
+        if self._process.returncode == _UNFIT:
+            where = (place[0], place[1], f"Skipped: no guest can be run here: {last}")
+            return pytest.TestReport(item.nodeid, item.location, {}, "skipped", where, "setup")
+        text = (
+            f"the {self._kind} guest ended with {self._process.returncode} and without a result of this test; "
+            f"its last words:\n{last}"
+        )
+        return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")

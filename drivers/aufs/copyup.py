@@ -92,7 +92,7 @@ class CopyUp:
         done = [top]
         for directory in done:  # it grows
             self._tree.load(directory)
-            if not directory.names:
+            if self._tree.is_gone(directory):
                 continue
             self._directory(directory)
             for name in list(directory.visible()):

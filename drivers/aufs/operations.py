@@ -211,7 +211,8 @@ class Operations:
             info = self._tree.status(node)
             times = atime * _NS + atime_ns, mtime * _NS + mtime_ns
             same = not valid & fuse.FATTR_ATIME or times[0] == info.st_atime_ns
-            if not (node.names or node.fds) or (same and node.lower and times[1] == info.st_mtime_ns):
+            gone = self._tree.is_gone(node) and not node.fds
+            if gone or (same and node.lower and times[1] == info.st_mtime_ns):
                 return self._attributes(node, info)
         self._copyup.node(node, contents=not (valid & fuse.FATTR_SIZE and size == 0))
         path = self._path(node)

@@ -275,10 +275,14 @@ class Tree:
         at = node.at
         return os.stat(node.named, dir_fd=at.fd if at.fd >= 0 else self.places.fd(at), follow_symlinks=False)
 
+    def is_gone(self, node: Node) -> bool:
+        """Whether a node has no name any more that is known."""
+        return not node.names and node is not self.root
+
     def links(self, node: Node, info: os.stat_result) -> int:
         """The link count that users see."""
         if isinstance(node, Dir):
-            if not node.names and node is not self.root:
+            if self.is_gone(node):
                 return 0
             # A directory of one branch alone is as it is; 1 is what some file systems say of all directories.
             if info.st_nlink > 1 and len(node.lowers) + (node.upper is not None) > 1:

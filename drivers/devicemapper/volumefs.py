@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.errors import OutOfSpace
-from layerfs.kernel import quota
+from layerfs.kernel import mountapi, quota
 from layerfs.kernel.ioctl import io, ior, iow, iowr
 from layerfs.programs import run
 from layerfs.sizes import format_size
 
 _MIB = 1 << 20
+_SMALL_JOURNAL = 512 << 30
+"""Bytes of a device up to which a small journal will do."""
 
 _FITRIM = iowr(0x58, 121, 24)
 _LEAST_TRIMMED = 64 << 10  # what the pool can take back
@@ -117,10 +119,14 @@ class Ext4(VolumeFileSystem):
     _EXTENTS = 0xF30A
 
     def make(self, device: Path) -> None:
-        layout = ["-m", "0", "-G", "512", "-J", "size=8", "-O", "^metadata_csum,uninit_bg", "-e", "remount-ro"]
+        with open(device, "rb") as file:
+            blocks = file.seek(0, os.SEEK_END) // self._BLOCK
+        # Growing is a transaction of all blocks reserved for group descriptors; it may take a quarter of the journal.
+        journal = 8 if blocks <= _SMALL_JOURNAL // self._BLOCK else 64
+        layout = ["-m", "0", "-G", "512", "-J", f"size={journal}", "-O", "^metadata_csum,uninit_bg", "-e", "remount-ro"]
         # What is lazy here is never done later: unused blocks of a thin device read as zeros.
-        lazy = ["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"]
-        run(["mkfs.ext4", "-q", "-F", "-b", "4096", *layout, *lazy, str(device)], self.package)
+        extended = f"nodiscard,lazy_itable_init=1,lazy_journal_init=1,resize={4 * blocks}"
+        run(["mkfs.ext4", "-q", "-F", "-b", str(self._BLOCK), *layout, "-E", extended, str(device)], self.package)
 
     def settle(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # it is not there, or e2fsck put something into it
@@ -147,7 +153,12 @@ class Ext4(VolumeFileSystem):
         self._put_back(fd, create=True, free=free)
 
     def grow(self, fd: int, size: int) -> None:
-        fcntl.ioctl(fd, self._RESIZE, struct.pack("=Q", size // os.fstatvfs(fd).f_frsize))
+        # Without init_itable, which is to leave it for later, the kernel would write zeros to all new inode tables now.
+        _reconfigure(fd, "init_itable")
+        try:
+            fcntl.ioctl(fd, self._RESIZE, struct.pack("=Q", size // self._BLOCK))
+        finally:
+            _reconfigure(fd, "noinit_itable")
 
     def fault(self, device: Path) -> str:
         with open(device, "rb") as file:
@@ -233,3 +244,13 @@ class Xfs(VolumeFileSystem):
 
 
 KINDS: dict[str, type[VolumeFileSystem]] = {"ext4": Ext4, "xfs": Xfs}
+
+
+def _reconfigure(fd: int, option: str) -> None:
+    """Set an option of the file system that ``fd`` is on, as ``mount -o remount`` does."""
+    context = mountapi.fspick(fd)
+    try:
+        mountapi.fsconfig_flag(context, option)
+        mountapi.fsconfig_reconfigure(context)
+    finally:
+        os.close(context)

@@ -1,0 +1,176 @@
+"""The commands ``layerfs compare`` and ``layerfs gate``."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from layerfs.bench import interleaved, recorded, verdicts
+from layerfs.bench.cli import PIPE_WIDTH, bar
+from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
+from layerfs.bench.recorded import Key, Recorded
+from layerfs.cli.common import json_option
+from layerfs.cli.output import print_json
+from layerfs.errors import InvalidArgument, refused
+
+EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
+
+_file = click.Path(path_type=Path)
+
+
+@click.command("compare")
+@click.argument("base", type=_file)
+@click.argument("head", type=_file)
+@click.option(
+    "--calibration", type=_file, help="Run file of `layerfs bench --calibrate` [default: BASE, if it is one]."
+)
+@click.option("--force", is_flag=True, help="Compare runs of different machines, too.")
+@json_option
+def compare_command(base: Path, head: Path, calibration: Path | None, force: bool, as_json: bool) -> None:
+    """Compare two run files, figure by figure.
+
+    Says what is worse, better, the same or cannot be told; `layerfs gate` makes exit codes of it.
+    """
+    _print(_of_files(base, head, calibration, SMALLEST_THRESHOLD, force=force), as_json)
+
+
+@click.command("gate")
+@click.argument("base", type=_file, required=False)
+@click.argument("head", type=_file, required=False)
+@click.option("--build-base", metavar="CMD", help="Makes the base's environment in the directory {} (see below).")
+@click.option("--build-head", metavar="CMD", help="The same for the head.")
+@click.option("--driver", "drivers", default="all", show_default=True, help="What to measure; as for layerfs bench.")
+@click.option("--size", default="64M", show_default=True, help="As for layerfs bench.")
+@click.option("--workload", "names", multiple=True, help="As for layerfs bench.")
+@click.option("--backing", metavar="FS", help="As for layerfs bench.")
+@click.option("--scratch", type=_file, help="As for layerfs bench.")
+@click.option("--rounds", type=click.IntRange(5), default=10, show_default=True, help="Samples of each side.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="As for layerfs bench.")
+@click.option("--calibrate/--no-calibrate", default=True, help="Measure the base twice: its noise [default: on].")
+@click.option("--calibration", type=_file, help="Run file to take thresholds from, where BASE and HEAD are run files.")
+@click.option("--threshold", type=click.FloatRange(0), metavar="%", help="Slowdown always tolerated [default: 5 %].")
+@click.option("--strict", is_flag=True, help="Exit with 5 where something cannot be told.")
+@click.option("--force", is_flag=True, help="Compare runs of different machines, too.")
+@click.option("--junit", type=_file, help="Write JUnit XML there.")
+@click.option("--markdown", type=_file, help="Append Markdown there, such as to $GITHUB_STEP_SUMMARY.")
+@click.option("--keep", type=_file, help="Directory for the run files of every round.")
+@json_option
+def gate(
+    base: Path | None,
+    head: Path | None,
+    build_base: str | None,
+    build_head: str | None,
+    drivers: str,
+    size: str,
+    names: tuple[str, ...],
+    backing: str | None,
+    scratch: Path | None,
+    rounds: int,
+    seed: int | None,
+    calibrate: bool,
+    calibration: Path | None,
+    threshold: float | None,
+    strict: bool,
+    force: bool,
+    junit: Path | None,
+    markdown: Path | None,
+    keep: Path | None,
+    as_json: bool,
+) -> int:
+    """Fail where HEAD is slower than BASE, or does more.
+
+    BASE and HEAD are run files of one machine, or directories: Python environments with layerfs, which are measured
+    in turn in this one job. --build-base and --build-head make such environments.
+
+    \b
+    Exit codes:
+      0  nothing is worse
+      1  a regression
+      2  the command line is wrong
+      3  this host lacks something, or the run files are of different machines
+      4  a build or a benchmark failed
+      5  some figures are too noisy to tell (only with --strict, else 0)
+
+    \b
+    Example, in a checkout of the head:
+      layerfs gate --driver overlay2 --markdown "$GITHUB_STEP_SUMMARY" \\
+        --build-base 'sh -c "git worktree add {}.src origin/main && python3 -m venv {} && {}/bin/pip install {}.src"' \\
+        --build-head 'sh -c "python3 -m venv {} && {}/bin/pip install ."'
+    """
+    smallest = SMALLEST_THRESHOLD if threshold is None else threshold / 100
+    if build_base and base and not head:
+        base, head = None, base  # the one that is left to name
+    if base and head and base.is_file() and head.is_file() and not (build_base or build_head):
+        comparison = _of_files(base, head, calibration, smallest, force=force)
+    else:
+        options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
+        options += [f"--backing={backing}"] if backing else []
+        options += [f"--scratch={scratch.absolute()}"] if scratch else []
+        with ExitStack() as stack:
+            one = stack.enter_context(interleaved.built(build_base, _needed(base, build_base, "base"), "base"))
+            two = stack.enter_context(interleaved.built(build_head, _needed(head, build_head, "head"), "head"))
+            progress = stack.enter_context(bar(Console(stderr=True, highlight=False)))
+            measured = interleaved.measure(
+                one,
+                two,
+                options,
+                rounds=rounds,
+                seed=secrets.randbelow(2**30) if seed is None else seed,
+                calibrate=calibrate,
+                keep=keep,
+                progress=progress,
+            )
+        comparison = compare(measured.base, measured.head, measured.thresholds, smallest=smallest, force=force)
+    _print(comparison, as_json)
+    _write(comparison, junit, markdown)
+    if comparison.verdict is Verdict.WORSE:
+        return EXIT_REGRESSION
+    return EXIT_UNCLEAR if strict and comparison.verdict is Verdict.UNCLEAR else 0
+
+
+def _needed(given: Path | None, command: str | None, side: str) -> Path | None:
+    if (given is None) == (command is None):
+        raise InvalidArgument(f"give the {side} as a directory or with --build-{side}, or give two run files")
+    if given is not None and not given.is_dir():
+        raise InvalidArgument(f"{str(given)!r} is no environment's directory; two run files may be given instead")
+    return given
+
+
+def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float, *, force: bool) -> Comparison:
+    first, second = recorded.read(base), recorded.read(head)
+    calibrated = recorded.read(calibration) if calibration else first
+    if calibration and not calibrated.thresholds:
+        raise InvalidArgument(f"{str(calibration)!r} holds no calibration; make one with layerfs bench --calibrate")
+    return compare(first, second, _fitting(calibrated, first, force=force), smallest=smallest, force=force)
+
+
+def _fitting(calibrated: Recorded, base: Recorded, *, force: bool) -> dict[Key, float]:
+    if calibrated.machine != base.machine and not force:
+        shared = {name for name in calibrated.machine if name in base.machine}
+        if any(calibrated.machine[name] != base.machine[name] for name in shared):
+            raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
+    return dict(calibrated.thresholds)
+
+
+def _print(comparison: Comparison, as_json: bool) -> None:
+    if as_json:
+        print_json(verdicts.as_json(comparison))
+        return
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(verdicts.table(comparison))
+    for warning in comparison.warnings:
+        click.echo(f"Note: {warning}", err=True)
+
+
+def _write(comparison: Comparison, junit: Path | None, markdown: Path | None) -> None:
+    for file, mode, text in ((junit, "w", verdicts.junit), (markdown, "a", verdicts.markdown)):
+        if file is not None:
+            try:
+                with open(file, mode) as out:
+                    out.write(text(comparison))
+            except OSError as error:
+                raise refused(f"writing {str(file)!r}", error) from error

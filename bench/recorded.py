@@ -1,0 +1,122 @@
+"""Run files read back: what a comparison needs of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from layerfs.bench import calibration, runfile
+from layerfs.errors import InvalidArgument, refused
+
+
+class Key(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        workload: its label, with the values of swept parameters.
+    """
+
+    workload: str
+    step: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}: {self.step} on {self.target}"
+
+
+class CounterKey(NamedTuple):
+    workload: str
+    counter: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}: {self.counter} on {self.target}"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The samples of one side of a comparison.
+
+    Attributes:
+        name: of the file, for messages.
+        machine: what the runs of both sides must have in common, by name.
+        seconds: of every sample of a step.
+        counters: of every sample; the lower, the better.
+        thresholds: of a calibration, as parts.
+        warnings: of the runs.
+    """
+
+    name: str
+    machine: Mapping[str, object]
+    seconds: Mapping[Key, Sequence[float]]
+    counters: Mapping[CounterKey, Sequence[int]]
+    thresholds: Mapping[Key, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+    def only(self, target: str, named: str) -> Recorded:
+        """What belongs to one target, under another name."""
+        return Recorded(
+            self.name,
+            self.machine,
+            {key._replace(target=named): value for key, value in self.seconds.items() if key.target == target},
+            {key._replace(target=named): value for key, value in self.counters.items() if key.target == target},
+            {key._replace(target=named): value for key, value in self.thresholds.items() if key.target == target},
+            self.warnings,
+        )
+
+
+def read(file: Path) -> Recorded:
+    """Read a run file. Raises `InvalidArgument` where it is none, or of a later format."""
+    try:
+        document = json.loads(file.read_text())
+    except OSError as error:
+        raise refused(f"reading the run file {str(file)!r}", error, "name one that `layerfs bench` wrote") from error
+    except ValueError as error:
+        raise InvalidArgument(f"{str(file)!r} is not a run file: {error}") from error
+    return parse(document, str(file))
+
+
+def parse(document: Any, name: str) -> Recorded:
+    """The same from the document itself."""
+    try:
+        own = document["layerfs"]
+        if own["format"] > runfile.FORMAT:
+            raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
+        seconds: dict[Key, list[float]] = {}
+        counters: dict[CounterKey, list[int]] = {}
+        for benchmark in document["benchmarks"]:
+            extra = benchmark["extra_info"]
+            label, target = extra["label"], extra["target"]
+            seconds[Key(label, extra["step"], target)] = [float(value) for value in benchmark["stats"]["data"]]
+            if extra["processor"]:
+                step = extra["step"] + calibration.PROCESSOR
+                seconds[Key(label, step, target)] = [float(value) for value in extra["processor"]]
+            for counter, values in extra["counters"].items():
+                counters[CounterKey(label, counter, target)] = [int(value) for value in values]
+        thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
+        backings = {f"backing of {t}": facts["backing"].get("filesystem") for t, facts in _targets(own).items()}
+        machine = {**own["fingerprint"]["machine"], **backings}
+        return Recorded(name, machine, seconds, counters, thresholds, own["warnings"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+
+
+def together(runs: Sequence[Recorded], name: str) -> Recorded:
+    """The samples of several runs of the same thing, in their order."""
+    seconds: dict[Key, list[float]] = {}
+    counters: dict[CounterKey, list[int]] = {}
+    for run in runs:
+        for key, times in run.seconds.items():
+            seconds.setdefault(key, []).extend(times)
+        for counter, values in run.counters.items():
+            counters.setdefault(counter, []).extend(values)
+    warnings = dict.fromkeys(warning for run in runs for warning in run.warnings)
+    return Recorded(name, runs[0].machine, seconds, counters, runs[0].thresholds, list(warnings))
+
+
+def _targets(own: Any) -> dict[str, Any]:
+    targets: dict[str, Any] = own["fingerprint"]["targets"]
+    return targets

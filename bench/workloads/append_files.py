@@ -1,0 +1,71 @@
+"""Appending a line to each of many files of a lower layer: small ones, and big ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from layerfs.bench.content import Base, even_file, even_files
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Stopwatch, Timing, Workload
+
+_LINE = b"one more line\n"
+
+
+@dataclass(frozen=True)
+class AppendMany(Workload):
+    """Every append copies a file up: what is seen is the cost of a copy-up as such, with the fsync that it may have."""
+
+    name = "append-many"
+    summary = "append a line to each of many small files of a lower layer, by one task or several"
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 10, 100)}
+
+    files: int = 1000
+    file_size: int = 512
+    tasks: int = 1
+
+    @property
+    def base(self) -> Base:
+        return even_files(self.files, self.file_size, self.seed)
+
+    @property
+    def writes(self) -> int:
+        return self.files * max(4096, self.file_size)
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        paths = [layer.path / even_file(number) for number in range(self.files)]
+        with ThreadPoolExecutor(self.tasks) as pool:
+            clock = Stopwatch()
+            for _ in pool.map(_append, paths, chunksize=1):
+                pass
+            return [clock.lap("append", operations=self.files)]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return {"bytes copied up": layer.grown}
+
+
+@dataclass(frozen=True)
+class AppendBig(AppendMany):
+    """The same with few files, together as large as the run's large file."""
+
+    name = "append-big"
+    summary = "append a line to each of a few big files of a lower layer"
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {}
+
+    files: int = 8
+
+    @property
+    def base(self) -> Base:
+        return even_files(self.files, self.size // self.files, self.seed)
+
+    @property
+    def writes(self) -> int:
+        return self.size + self.files * 4096
+
+
+def _append(path: Path) -> None:
+    with open(path, "ab", buffering=0) as file:
+        file.write(_LINE)

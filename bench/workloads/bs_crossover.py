@@ -1,0 +1,40 @@
+"""Block sizes with the file's size held: what iozone changes unasked at 16 MiB."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerfs.bench import fio
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Timing, Workload
+
+
+@dataclass(frozen=True)
+class BsCrossover(Workload):
+    """No fsync, as iozone has none by default: throughput is that of the page cache and its bookkeeping."""
+
+    name = "bs-crossover"
+    summary = "write and read a new file of at most 64M, buffered, in small and in large blocks"
+    programs = ("fio",)
+    sweep: ClassVar[Mapping[str, Sequence[object]]] = {"block": (4096, 65536)}
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"block": (4096, 16384, 65536, 262144, 1 << 20)}
+
+    block: int = 4096
+    most: int = 64 << 20
+
+    @property
+    def amount(self) -> int:
+        return min(self.size, self.most)
+
+    @property
+    def writes(self) -> int:
+        return self.amount
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        timings = []
+        for mode in ("write", "read"):
+            done = fio.run(layer.path / "blocks.dat", mode, self.block, self.amount, seed=self.seed)
+            timings.append(Timing(mode, done.seconds, bytes=done.bytes, processor=done.processor))
+        return timings

@@ -1,0 +1,48 @@
+"""How much of a lower layer's file has to change before copying all of it is cheaper than copying blocks."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Stopwatch, Timing, Workload
+
+
+@dataclass(frozen=True)
+class CopyupCrossover(Workload):
+    """From open(2) to fsync(2), so that a driver which copies the file pays for that, too."""
+
+    name = "copyup-crossover"
+    summary = "change a part of a lower layer's file in random blocks, with the copy-up: where block copies stop to win"
+    sweep: ClassVar[Mapping[str, Sequence[object]]] = {"percent": (1, 50)}
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"percent": (0.1, 1, 5, 10, 25, 50, 100)}
+
+    percent: float = 1
+    block: int = 4096
+
+    @property
+    def base(self) -> Base:
+        return lower_file(self.size, self.seed)
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        source = random.Random(self.seed)  # noqa: S311
+        data = source.randbytes(self.block)
+        blocks = self.size // self.block
+        changed = source.sample(range(blocks), max(1, round(blocks * self.percent / 100)))
+        clock = Stopwatch()
+        file = os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for number in changed:
+                os.pwrite(file, data, number * self.block)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        return [clock.lap("change", operations=len(changed))]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return {"bytes copied up": layer.grown}

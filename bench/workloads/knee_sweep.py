@@ -1,0 +1,42 @@
+"""Where throughput falls off when a file outgrows memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerfs.bench import fio
+from layerfs.bench.memory import SMALLEST, capped
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Timing, Workload
+from layerfs.errors import EnvironmentUnfit
+
+
+@dataclass(frozen=True)
+class KneeSweep(Workload):
+    """Sizes (``--size``) times caps on memory: if the knee moves with the cap, it is memory's and not the driver's."""
+
+    name = "knee-sweep"
+    summary = "write and read a new file with memory capped below and above its size (root)"
+    programs = ("fio",)
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"memory": (256 << 20, 512 << 20, 1 << 30)}
+
+    memory: int = 256 << 20
+    block: int = 1 << 20
+
+    @classmethod
+    def hindrance(cls) -> str:
+        try:
+            with capped(SMALLEST):
+                return ""
+        except EnvironmentUnfit as error:
+            return str(error)
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        timings = []
+        with capped(self.memory):
+            for mode in ("write", "read"):
+                done = fio.run(layer.path / "knee.dat", mode, self.block, self.size, seed=self.seed)
+                timings.append(Timing(mode, done.seconds, bytes=done.bytes, processor=done.processor))
+        return timings

@@ -1,0 +1,98 @@
+"""Several layers, or several writers of one layer, at work at the same time."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from layerfs.bench import fio
+from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.target import Layer
+from layerfs.bench.workload import Stopwatch, Timing, Workload
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ParallelLight(Workload):
+    """Each task has a layer of its own and updates the same lower file now and then; ideal is operations / rate."""
+
+    name = "parallel-light"
+    summary = (
+        "many layers at a time, each updating a lower layer's file a few times a second: seconds until all are done"
+    )
+    mounted = False
+    about_layers = True
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (8, 64)}
+
+    tasks: int = 8
+    operations: int = 20
+    rate: int = 10
+    most: int = 16 * _MIB
+
+    @property
+    def base(self) -> Base:
+        return lower_file(min(self.size, self.most), self.seed)
+
+    @property
+    def writes(self) -> int:
+        return self.tasks * self.base.size
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        with ExitStack() as stack:
+            made = [stack.enter_context(layer.target.fresh(self.base, layer.shared)) for _ in range(self.tasks)]
+            with ThreadPoolExecutor(self.tasks) as pool:
+                clock = Stopwatch()
+                firsts = list(pool.map(self._update, [one.path / LOWER_FILE for one in made], range(self.tasks)))
+                whole = clock.lap("all tasks")
+        return [whole, Timing("first update", sorted(firsts)[len(firsts) // 2])]
+
+    def _update(self, file: Path, number: int) -> float:
+        """Seconds of the first update, which copies up."""
+        source = random.Random(self.seed + number)  # noqa: S311
+        begin, first = time.perf_counter(), 0.0
+        for operation in range(self.operations):
+            time.sleep(max(0.0, begin + operation / self.rate - time.perf_counter()))
+            descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.pwrite(descriptor, source.randbytes(4096), source.randrange(self.base.size // 4096) * 4096)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            first = first or time.perf_counter() - begin
+        return first
+
+
+@dataclass(frozen=True)
+class ParallelHeavy(Workload):
+    """No limit on the rate: locks and journals decide."""
+
+    name = "parallel-heavy"
+    summary = "several writers at a time into parts of a file that the layer holds, in random 4K blocks, then fsync"
+    programs = ("fio",)
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"writers": (1, 4, 16, 64)}
+
+    writers: int = 4
+    part: int = 32
+
+    @property
+    def fits(self) -> bool:
+        return self.size // self.writers >= 4096 * self.part
+
+    def set_up(self, layer: Layer) -> None:
+        fio.run(layer.path / "own.dat", "write", _MIB, self.size, seed=self.seed + 1, end_fsync=1)
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        share = self.size // self.writers // 4096 * 4096
+        options = {"numjobs": self.writers, "offset_increment": share, "io_size": max(share // self.part, 4096)}
+        file = layer.path / "own.dat"
+        done = fio.run(file, "randwrite", 4096, share, seed=self.seed, end_fsync=1, overwrite=1, **options)
+        figures = {"latencies": done.latencies, "processor": done.processor}
+        return [Timing("write", done.seconds, operations=done.operations, **figures)]  # type: ignore[arg-type]

@@ -1,0 +1,249 @@
+"""Comparing two runs, and failing where one is worse: what is found, what is not, and what cannot be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from layerfs.bench import compare, recorded, runfile, verdicts
+from layerfs.bench.compare import Verdict
+from layerfs.bench.recorded import Key
+from layerfs.bench.results import Run, Sample
+from layerfs.bench.workload import Timing, discover
+from layerfs.errors import EnvironmentUnfit, InvalidArgument
+
+_LAYERFS = [sys.executable, "-m", "layerfs.cli"]
+_MACHINE = {"processor": "x", "cpus": 2, "memory": "4 GiB", "kernel": "6.1", "file system": "ext4", "disk": "sda"}
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a run file of one step with these times, and one counter."""
+
+    def made(name: str, seconds: Sequence[float], copied: int = 0, machine: dict[str, object] | None = None) -> Path:
+        work = discover()["copyup-first-write"](1 << 20, 0)
+        samples = [
+            Sample("overlay2", work, number, [Timing("open", value)], {"bytes copied up": copied}, None)
+            for number, value in enumerate(seconds)
+        ]
+        backing = {"backing": {"filesystem": "ext4"}}
+        facts = {"machine": machine or _MACHINE, "targets": {"overlay2": backing}}
+        run = Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 20, 7, ["overlay2"], samples, facts, ["it was hot"])
+        runfile.write(runfile.document(run), tmp_path / name)
+        return tmp_path / name
+
+    return made
+
+
+def _noisy(middle: float, number: int = 12, seed: int = 1) -> list[float]:
+    source = random.Random(seed)
+    return [middle * source.gauss(1, 0.02) for _ in range(number)]
+
+
+def _gate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*_LAYERFS, "gate", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+# Judgement
+
+
+@pytest.mark.parametrize(
+    ("slower", "verdict"), [(1.0, Verdict.SAME), (1.02, Verdict.SAME), (1.3, Verdict.WORSE), (0.7, Verdict.BETTER)]
+)
+def test_a_clear_difference_is_told_from_none(slower: float, verdict: Verdict) -> None:
+    found = compare.clock(Key("w", "s", "t"), _noisy(1.0, seed=1), _noisy(slower, seed=2), 0.1)
+    assert found.verdict is verdict
+
+
+def test_a_difference_below_the_threshold_is_no_regression_however_clear() -> None:
+    found = compare.clock(Key("w", "s", "t"), _noisy(1.0, 40), _noisy(1.15, 40, seed=2), 0.2)
+    assert found.verdict is not Verdict.WORSE
+    assert found.chance < 0.01
+
+
+def test_few_or_wild_samples_cannot_tell() -> None:
+    key = Key("w", "s", "t")
+    assert compare.clock(key, [1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 0.1).verdict is Verdict.UNCLEAR, "three could be chance"
+    assert compare.clock(key, [1, 9, 2, 7, 3, 8], [2, 8, 3, 9, 1, 7], 0.1).verdict is Verdict.UNCLEAR
+    assert compare.clock(key, [1.0] * 9, [1.0] * 9, 16.0).verdict is Verdict.UNCLEAR, "so much noise is blindness"
+
+
+def test_identical_code_is_seldom_called_worse() -> None:
+    source = random.Random(5)
+    alarms = 0
+    for _ in range(100):
+        base, head = ([source.lognormvariate(0, 0.15) for _ in range(10)] for _ in range(2))
+        alarms += compare.clock(Key("w", "s", "t"), base, head, compare.UNCALIBRATED).verdict is Verdict.WORSE
+    assert alarms <= 1
+
+
+def test_a_counter_is_worse_when_every_sample_is_and_a_block_does_not_matter(write: Write) -> None:
+    base = recorded.read(write("base", _noisy(1), copied=1 << 20))
+    for copied, verdict in (((1 << 20) + 4096, Verdict.SAME), (2 << 20, Verdict.WORSE), (4096, Verdict.BETTER)):
+        head = recorded.read(write("head", _noisy(1), copied=copied))
+        (counter,) = compare.compare(base, head, {}).counters
+        assert counter.verdict is verdict
+
+
+# The command
+
+
+def test_exit_codes_tell_regression_from_noise_from_mistake(write: Write, tmp_path: Path) -> None:
+    base = write("base.json", _noisy(0.1))
+    assert _gate(base, write("same.json", _noisy(0.1, seed=2))).returncode == 0
+    slow = _gate(base, write("slow.json", _noisy(0.15, seed=2)))
+    assert slow.returncode == 1
+    assert "copyup-first-write: open on overlay2" in slow.stdout
+    assert "worse" in slow.stdout
+    more = _gate(base, write("more.json", _noisy(0.1, seed=2), copied=1 << 20))
+    assert more.returncode == 1, "a counter alone suffices"
+    unclear = write("unclear.json", [0.01, 0.9, 0.1, 0.2, 0.5, 0.05])
+    assert _gate(base, unclear).returncode == 0
+    assert _gate(base, unclear, "--strict").returncode == 5
+    assert _gate(base).returncode == 2
+    assert _gate(base, tmp_path / "missing.json").returncode == 2
+    (tmp_path / "broken.json").write_text('{"benchmarks": 3}')
+    broken = _gate(base, tmp_path / "broken.json")
+    assert broken.returncode == 2
+    assert "broken.json" in broken.stderr
+    assert len(broken.stderr.splitlines()) == 1
+
+
+def test_runs_of_two_machines_are_refused_without_force(write: Write) -> None:
+    base = write("base.json", _noisy(0.1))
+    head = write("head.json", _noisy(0.1, seed=2), machine={**_MACHINE, "kernel": "6.18"})
+    refused = _gate(base, head)
+    assert refused.returncode == 3
+    assert "6.18" in refused.stderr
+    forced = _gate(base, head, "--force")
+    assert forced.returncode == 0
+    assert "6.18" in forced.stderr
+    with pytest.raises(EnvironmentUnfit):
+        compare.compare(recorded.read(base), recorded.read(head), {})
+
+
+def test_reports_for_ci_are_written(write: Write, tmp_path: Path) -> None:
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.2, seed=2))
+    summary, junit = tmp_path / "summary.md", tmp_path / "junit.xml"
+    summary.write_text("before\n")
+    done = _gate(base, head, "--markdown", summary, "--junit", junit, "--json")
+    assert done.returncode == 1
+    verdict = json.loads(done.stdout)
+    assert verdict["verdict"] == "worse"
+    assert verdict["clocks"][0]["ratio"]["middle"] == pytest.approx(2, rel=0.1)
+    assert summary.read_text().startswith("before\n## layerfs gate: 1 of 2")
+    suite = ElementTree.fromstring(junit.read_text())  # noqa: S314 - our own
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "1")
+    assert [case.attrib["name"] for case in suite if case.find("failure") is not None] == [
+        "copyup-first-write: open on overlay2"
+    ]
+
+
+def test_compare_prints_and_never_fails_for_a_regression(write: Write) -> None:
+    command = [*_LAYERFS, "compare", str(write("a.json", _noisy(0.1))), str(write("b.json", _noisy(0.2)))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "worse" in done.stdout
+
+
+def test_markdown_stays_below_the_limit_and_keeps_the_worst() -> None:
+    keys = [Key(f"work {number}" + "x" * 500, "step", "target") for number in range(5000)]
+    clock = compare.clock(keys[0], [1.0] * 2, [1.0] * 2, 0.1)
+    clocks = [dataclasses.replace(clock, key=key) for key in keys]
+    worst = compare.clock(Key("worst|<b>", "step", "target"), _noisy(1), _noisy(3), 0.1)
+    found = compare.Comparison("a", "b", [], [*clocks, worst], False, [], [])
+    text = verdicts.markdown(found)
+    assert len(text.encode()) <= verdicts.MARKDOWN_LIMIT + 100
+    assert text.index("worst") < text.index("work 0")
+    assert "<b>" not in text.replace("\\<b\\>", "")
+    assert "more, none of them worse" in text
+
+
+def test_thresholds_come_from_a_calibration_file(write: Write, tmp_path: Path) -> None:
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.13, seed=2))
+    assert _gate(base, head).returncode == 1
+    document = json.loads(base.read_text())
+    ratio = {"low": 0.7, "middle": 1.0, "high": 1.4}
+    entry = {"workload": "copyup-first-write", "step": "open", "target": "overlay2", "ratio": ratio, "threshold": 0.4}
+    document["layerfs"]["calibration"] = [entry]
+    calibration = tmp_path / "calibration.json"
+    calibration.write_text(json.dumps(document))
+    assert _gate(base, head, "--calibration", calibration).returncode == 0
+    assert _gate(base, head, "--calibration", head).returncode == 2
+
+
+# Two versions in one job
+
+
+@pytest.fixture
+def environments(tmp_path: Path) -> tuple[Path, Path]:
+    """Two environments with this layerfs; in the second, every file of a fresh layer is written once more."""
+    slow = (
+        "import layerfs.bench.scratch as s; m = s.StoreTarget.mount\n"
+        "def mount(self, key):\n"
+        "    tree = m(self, key)\n"
+        "    for file in tree.rglob('*.dat'): file.write_bytes(file.read_bytes())\n"
+        "    return tree\n"
+        "s.StoreTarget.mount = mount\n"
+    )
+    made = []
+    for name, prelude in (("base", ""), ("head", slow)):
+        place = tmp_path / name / "bin"
+        place.mkdir(parents=True)
+        (place / "layerfs").touch()
+        (place.parent / "prelude.py").write_text(prelude)
+        # The interpreter of an environment, which runs the program with or without the change.
+        script = f"exec(open({str(place.parent / 'prelude.py')!r}).read()); import sys; from layerfs.cli import main"
+        script += "; sys.argv = sys.argv[3:]; sys.argv.insert(0, 'layerfs'); sys.exit(main())"
+        (place / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}" "$@"\n')
+        (place / "python").chmod(0o755)
+        made.append(place.parent)
+    return made[0], made[1]
+
+
+def test_two_environments_are_measured_in_turn_and_a_counter_gives_the_slow_one_away(
+    environments: tuple[Path, Path], tmp_path: Path
+) -> None:
+    keep = tmp_path / "kept"
+    base, head = environments
+    options = ["--driver", "overlay2", "--size", "1M", "--workload", "copyup-first-write", "--rounds", "5", "--json"]
+    done = _gate(base, *options, "--build-head", f"cp -a {head} {{}}", "--keep", keep)
+    assert done.returncode == 1, done.stderr
+    verdict = json.loads(done.stdout)
+    worse = {entry["key"]["counter"] for entry in verdict["counters"] if entry["verdict"] == "worse"}
+    assert "bytes when fresh" in worse
+    assert verdict["calibrated"]
+    assert sorted(os.listdir(keep))[:3] == ["000-base-again.json", "000-base.json", "000-head.json"]
+
+
+def test_a_build_that_fails_is_no_regression(environments: tuple[Path, Path]) -> None:
+    done = _gate(environments[0], "--build-head", "false {}", "--driver", "overlay2")
+    assert done.returncode == 4
+    assert "building the head" in done.stderr
+    empty = _gate(environments[0], "--build-head", "mkdir {}", "--driver", "overlay2")
+    assert empty.returncode == 2
+
+
+def test_what_cannot_run_is_told_from_what_fails(environments: tuple[Path, Path]) -> None:
+    (environments[1] / "prelude.py").write_text("raise SystemExit(70)")
+    failed = _gate(*environments, "--driver", "overlay2", "--size", "1M", "--workload", "layer-lifecycle")
+    assert failed.returncode == 4, failed.stderr
+    assert _gate(*environments, "--driver", "nonesuch").returncode == 2
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InvalidArgument, match=r"list\.json"):
+        recorded.read(tmp_path / "list.json")

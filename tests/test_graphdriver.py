@@ -1,0 +1,253 @@
+"""Docker's graph-driver plugin protocol as any client sees it: its calls, broken requests and a broken answer."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import socket
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerfs import mounts, registry
+from layerfs.store import Store
+from layerfs.testing.engines import Served, layerfs
+from layerfs.testing.images import sha256, tar_of
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="serving Docker needs root")
+
+MIB = 1 << 20
+
+
+class Client:
+    """Calls the plugin: ``client("Create", ID="a")``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def connect(self) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("localhost", timeout=120)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(120)
+        connection.sock.connect(str(self.path))
+        return connection
+
+    def post(self, path: str, body: Any = b"") -> tuple[int, bytes]:
+        """The answer's status and body."""
+        connection = self.connect()
+        try:
+            connection.request("POST", path, body, encode_chunked=not isinstance(body, bytes))
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def __call__(self, name: str, *, error: str = "", **request: object) -> dict[str, Any]:
+        status, body = self.post(f"/GraphDriver.{name}", json.dumps(request).encode())
+        answer: dict[str, Any] = json.loads(body)
+        assert status == 200
+        assert error in answer["Err"] if error else answer["Err"] == "", answer
+        return answer
+
+    def apply(self, key: str, parent: str, tar: bytes) -> dict[str, Any]:
+        pieces = (tar[start : start + 5000] for start in range(0, len(tar), 5000))  # as Go sends what has no length
+        answer: dict[str, Any] = json.loads(self.post(f"/GraphDriver.ApplyDiff?id={key}&parent={parent}", pieces)[1])
+        return answer
+
+    def diff(self, key: str, parent: str = "") -> bytes:
+        status, body = self.post("/GraphDriver.Diff", json.dumps({"ID": key, "Parent": parent}).encode())
+        assert status == 200, body
+        return body
+
+    def changes(self, key: str, parent: str = "") -> set[tuple[str, int]]:
+        return {(change["Path"], change["Kind"]) for change in self("Changes", ID=key, Parent=parent)["Changes"]}
+
+
+@pytest.fixture(scope="module", params=registry.names())
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    place = tmp_path_factory.mktemp("served")
+    probe = registry.load(request.param).probe(place)
+    if not probe.usable:
+        pytest.skip(f"{request.param}: {probe.reason}; {probe.remedy}")
+    served = Served("docker", request.param, place)
+    served.start()
+    yield served
+    assert served.stop() == 0
+    assert not served.socket.exists()
+    assert not [point for point in mounts.table() if point.target.is_relative_to(place)]
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    client = Client(served.socket)
+    yield client
+    client("Cleanup")
+    with Store(served.root) as store:
+        for layer in reversed(list(store.list())):
+            store.remove(layer.key)
+
+
+TAR = tar_of({"etc": None, "etc/a": b"one" * 1000, "big": b"x" * 300_000})
+
+
+def test_a_driver_introduces_itself(client: Client) -> None:
+    assert json.loads(client.post("/Plugin.Activate")[1])["Implements"] == ["GraphDriver"]
+    client("Init", Home="/somewhere", Opts=[])
+    client("Init", Opts=["a=b"], error="no storage options")
+    client("Init", UIDMaps=[{"container_id": 0, "host_id": 1, "size": 2}], error="userns-remap")
+    assert client("Capabilities")["Capabilities"] == {"ReproducesExactDiffs": True}
+    assert "Driver" in dict(client("Status")["Status"])
+
+
+def test_layers_are_written_to_until_they_are_parents(client: Client) -> None:
+    client("Create", ID="base", Parent="")
+    client("Create", ID="base", error="already")
+    place = Path(client("Get", ID="base")["Dir"])
+    assert place.stat().st_mode & 0o7777 == 0o755
+    (place / "file").write_text("one")
+    assert client("Get", ID="base")["Dir"] == str(place)
+    client("Put", ID="base")
+    assert (place / "file").exists()
+    client("Put", ID="base")
+    assert not (place / "file").exists()
+    client("CreateReadWrite", ID="top", Parent="base")
+    place = Path(client("Get", ID="top")["Dir"])
+    (place / "file").write_text("two!")
+    (place / "new").touch()
+    assert client.changes("top", "base") == {("/file", 0), ("/new", 1)}
+    assert client("DiffSize", ID="top", Parent="base")["Size"] == 4
+    assert client.changes("top") == {("/file", 1), ("/new", 1)}  # against nothing
+    client("Put", ID="top")
+    shown = Path(client("Get", ID="base")["Dir"])
+    assert (shown / "file").read_text() == "one"
+    client("Put", ID="base")
+    client("Remove", ID="base", error="remove")
+    assert client("Exists", ID="top")["Exists"]
+    for key in ("top", "base", "base"):
+        client("Remove", ID=key)
+    assert not client("Exists", ID="top")["Exists"]
+    for call in ("Get", "GetMetadata", "Changes", "DiffSize"):
+        client(call, ID="top", error="there is no layer")
+
+
+def test_tars_go_both_ways_and_come_back_byte_by_byte(client: Client) -> None:
+    client("Create", ID="base")
+    assert client.apply("base", "", TAR) == {"Err": "", "Size": 303_000}
+    assert client.diff("base") == TAR
+    assert client("DiffSize", ID="base")["Size"] == 303_000
+    client("Create", ID="top", Parent="base")
+    client.apply("top", "base", tar_of({"etc/.wh.a": b"", "etc/b": b"two"}))
+    assert client.changes("top", "base") == {("/etc/a", 2), ("/etc/b", 1)}
+    place = Path(client("Get", ID="top")["Dir"])
+    assert os.listdir(place / "etc") == ["b"]
+    client("Put", ID="top")
+    with tarfile.open(fileobj=io.BytesIO(client.diff("top", ""))) as whole:
+        assert {"big", "etc", "etc/b"} <= {name.rstrip("/") for name in whole.getnames()}
+
+
+def test_a_bad_tar_is_refused_and_the_layer_stays_empty(client: Client) -> None:
+    client("Create", ID="base")
+    for tar in (TAR[:1500], b"junk" * 1000, tar_of({"../evil": b"x"})):
+        assert client.apply("base", "", tar)["Err"]
+        assert client.changes("base") == set()
+    assert client.apply("none", "", TAR)["Err"] == "there is no layer 'none'"
+    assert client.apply("base", "", TAR)["Err"] == ""
+
+
+def test_a_client_that_breaks_off_leaves_the_layer_as_it_was(client: Client) -> None:
+    client("Create", ID="base")
+    connection = client.connect()
+    connection.putrequest("POST", "/GraphDriver.ApplyDiff?id=base&parent=")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    connection.send(b"%x\r\n%b\r\n" % (5000, TAR[:5000]))
+    connection.close()
+    assert client.changes("base") == set()
+    assert client.apply("base", "", TAR)["Err"] == ""
+
+
+def test_requests_that_are_none(client: Client) -> None:
+    for body in (b"{", b"[]", b"[" * 100_000, b"\xff", b'{"ID": 3}', b"{}"):
+        status, answer = client.post("/GraphDriver.Get", body)
+        assert status == 200
+        assert json.loads(answer)["Err"]
+    assert client.post("/GraphDriver.Format", b"{}")[0] == 404
+    assert client.post("/GraphDriver.Diff", b'{"ID": "none"}')[0] == 500
+    client("Create", ID="a", StorageOpt={"colour": "red"}, error="storage option")
+    client("Create", ID="a", StorageOpt={"size": "huge"}, error="size")
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.connect(str(client.path))
+        raw.sendall(random.randbytes(1000))
+    assert client("Exists", ID="a")["Exists"] is False
+
+
+def test_hostile_keys(client: Client) -> None:
+    for key in ("../../etc", "a b:c,d", "new\nline", "ünï ☃", "x" * 10_000):
+        client("Create", ID=key)
+        (Path(client("Get", ID=key)["Dir"]) / "file").touch()
+        client("Put", ID=key)
+        assert client.changes(key) == {("/file", 1)}
+        client("Remove", ID=key)
+
+
+def test_a_damaged_layer_ends_the_tar_before_its_time(client: Client, served: Served) -> None:
+    """The answer has begun when the damage is found: what came must not look whole."""
+    client("Create", ID="base")
+    tar = tar_of({"a": b"1" * MIB, "z": b"2" * MIB})
+    client.apply("base", "", tar)
+    files = [path for path in (served.root / "data").rglob("z") if path.stat().st_size == MIB]
+    if not files or os.statvfs(files[0]).f_flag & os.ST_RDONLY:
+        pytest.skip("the driver's layer cannot be damaged from outside")
+    try:
+        files[0].write_bytes(b"3" * MIB)
+    except OSError as error:
+        pytest.skip(f"the driver's layer cannot be damaged from outside: {error}")
+    with pytest.raises(http.client.IncompleteRead):
+        client.diff("base")
+
+
+def test_many_requests_at_once(client: Client, served: Served) -> None:
+    client("Create", ID="base")
+    client.apply("base", "", TAR)
+
+    def work(who: int) -> None:
+        for number in range(3):
+            key = f"{who}-{number}"
+            client("CreateReadWrite", ID=key, Parent="base")
+            (Path(client("Get", ID=key)["Dir"]) / "file").write_text(key)
+            client("Put", ID=key)
+            assert ("/file", 1) in client.changes(key, "base")
+            client("Remove", ID=key)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(work, range(12)))
+    assert sha256(client.diff("base")) == sha256(TAR)
+    assert layerfs("check", "--root", served.root) == ""
+
+
+def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
+    served = Served("docker", "vfs", tmp_path)
+    served.start()
+    client = Client(served.socket)
+    client("Create", ID="base")
+    connection = client.connect()
+    connection.putrequest("POST", "/GraphDriver.ApplyDiff?id=base&parent=")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    connection.send(b"%x\r\n%b\r\n" % (200_000, TAR[:200_000]))
+    served.stop(signal.SIGKILL)
+    connection.close()
+    served.start()
+    assert client.changes("base") == set()
+    assert client.apply("base", "", TAR)["Err"] == ""
+    assert client.diff("base") == TAR
+    assert served.stop() == 0
+    assert layerfs("check", "--root", served.root) == ""
