@@ -44,7 +44,9 @@ _ATTR = "QQQqqqIIIIIIIIII"
 """ino, size, blocks, atime, mtime, ctime, the same in ns, mode, nlink, uid, gid, rdev, blksize, flags."""
 ENTRY_OUT: Final = struct.Struct("<QQQQII" + _ATTR)
 """node, generation, how long the entry and the attributes are valid in s, the same in ns, attributes."""
-ATTR_OUT: Final = struct.Struct("<QI4x" + _ATTR)  # how long they are valid, the same in ns, attributes
+ENTRY_HEAD: Final = ENTRY_OUT.size - struct.calcsize("<" + _ATTR)
+"""Where the attributes begin in it."""
+ATTR_VALID: Final = struct.Struct("<QI4x")  # how long the attributes that follow are valid, the same in ns
 DIRENT: Final = struct.Struct("<QQII")  # ino, offset of the next one, length of the name, type
 
 SETATTR_IN: Final = struct.Struct("<I4xQQ8xqqqIIII4xII4x")

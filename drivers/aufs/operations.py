@@ -1,7 +1,7 @@
 """What the kernel may ask for: each operation takes a request apart, has it carried out, and puts the answer together.
 
-An operation raises `OSError` for its error number, `Pending` to be repeated later, `Aside` to be answered by a thread,
-and `NoReply` where there is no answer.
+An operation returns its answer, or None where there is none. It raises `OSError` for its error number, `Pending` to be
+repeated later, and `Aside` to be answered by a thread.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _NS: Final = 10**9
 _COPY_AT_ONCE: Final = 16 << 20
 _TIMES: Final = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_FH
 _NO_ENTRY: Final = fuse.ENTRY_OUT.pack(0, 0, _FOREVER, 0, 0, 0, *[0] * 16)
+_ATTR_VALID: Final = fuse.ATTR_VALID.pack(_FOREVER, 0)
 _DOTS: Final = ((1, b"."), (2, b".."))
 _PLUS: Final = fuse.ENTRY_OUT.size + fuse.DIRENT.size
 
@@ -75,10 +76,6 @@ class Request:
     def name(self, offset: int = 0) -> bytes:
         """The one NUL-terminated string that follows ``offset``."""
         return bytes(self.data[offset:-1])
-
-
-class NoReply(Exception):
-    """The request wants no answer."""
 
 
 class Aside(Exception):
@@ -110,7 +107,7 @@ class Operations:
         self._written: set[int] = set()
         self._block = memoryview(bytearray(fuse.MAX_WRITE))
         self._can_peek = True
-        self.handlers: dict[int, Callable[[Request], Payload]] = {
+        self.handlers: dict[int, Callable[[Request], Payload | None]] = {
             fuse.LOOKUP: self._lookup,
             fuse.FORGET: self._forget,
             fuse.GETATTR: self._getattr,
@@ -153,53 +150,52 @@ class Operations:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
     def _directory(self, number: int) -> Dir:
-        node = self._node(number)
-        if not isinstance(node, Dir):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return node
-
-    def _attr(self, node: Node, info: os.stat_result) -> tuple[int, ...]:
-        """What `fuse.ATTR` packs."""
-        atime, atime_ns = divmod(info.st_atime_ns, _NS)
-        mtime, mtime_ns = divmod(info.st_mtime_ns, _NS)
-        ctime, ctime_ns = divmod(info.st_ctime_ns, _NS)
-        mode, _, _, links, uid, gid, size, *_ = info
-        if node.unlinked or node.kind == stat.S_IFDIR:
-            links = self._tree.links(node, info)
-        device = info.st_rdev and _device_number(info.st_rdev)
-        return (
-            *(node.ino, size, info.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
-            *(mode, links, uid, gid, device, info.st_blksize, 0),
-        )
+        node = self._nodes.get(number)
+        if type(node) is Dir:
+            return node
+        self._node(number)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def _entry(self, node: Node, info: os.stat_result) -> bytes:
         """A node that the kernel learns of."""
-        attr = self._attr(node, info)
         node.lookups += 1
-        return fuse.ENTRY_OUT.pack(node.ino, 0, _FOREVER, _FOREVER, 0, 0, *attr)
+        mode, _, _, links, uid, gid, size, atime, mtime, ctime = info
+        return fuse.ENTRY_OUT.pack(
+            *(node.ino, 0, _FOREVER, _FOREVER, 0, 0, node.ino, size, info.st_blocks, atime, mtime, ctime),
+            info.st_atime_ns - atime * _NS,
+            info.st_mtime_ns - mtime * _NS,
+            info.st_ctime_ns - ctime * _NS,
+            mode,
+            self._tree.links(node, info) if node.unlinked or node.kind == stat.S_IFDIR else links,
+            uid,
+            gid,
+            info.st_rdev and _device_number(info.st_rdev),
+            info.st_blksize,
+            0,
+        )
 
     def _lookup(self, request: Request) -> bytes:
-        directory = self._directory(request.node)
-        found = self._tree.find(directory, request.name())
+        found = self._tree.find(self._directory(request.node), bytes(request.data[:-1]))
         return _NO_ENTRY if found is None else self._entry(*found)
 
-    def _forget(self, request: Request) -> bytes:
+    def _forget(self, request: Request) -> None:
         self._tree.forget(request.node, *fuse.FORGET_IN.unpack_from(request.data))
-        raise NoReply
 
-    def _batch_forget(self, request: Request) -> bytes:
+    def _batch_forget(self, request: Request) -> None:
         (count,) = fuse.BATCH_FORGET_IN.unpack_from(request.data)
         start = fuse.BATCH_FORGET_IN.size
         for at in range(start, start + count * fuse.FORGET_ONE.size, fuse.FORGET_ONE.size):
             self._tree.forget(*fuse.FORGET_ONE.unpack_from(request.data, at))
-        raise NoReply
 
     def _getattr(self, request: Request) -> bytes:
         node = self._node(request.node)
         return self._attributes(node, self._tree.status(node))
 
     def _attributes(self, node: Node, info: os.stat_result) -> bytes:
-        return fuse.ATTR_OUT.pack(_FOREVER, 0, *self._attr(node, info))
+        """What is said of a node that the kernel knows: the same, but for how it is called."""
+        entry = self._entry(node, info)
+        node.lookups -= 1
+        return _ATTR_VALID + entry[fuse.ENTRY_HEAD :]
 
     def _setattr(self, request: Request) -> bytes:
         node = self._node(request.node)

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Final
 
 from layerfs.drivers.aufs.jobs import Job, Pending, Workers
-from layerfs.drivers.aufs.operations import Aside, NoReply, Operations, Payload, Request
+from layerfs.drivers.aufs.operations import Aside, Operations, Payload, Request
 from layerfs.drivers.aufs.tree import Tree
 from layerfs.kernel import fuse
 
-_SPIN: Final = 60e-6
+_SPIN: Final = 30e-6
 """Seconds to look for the next request before sleeping."""
 _HEADER: Final = fuse.IN_HEADER.size
 
@@ -44,49 +44,38 @@ class Server:
     def run(self) -> None:
         """Serve until the mount is gone."""
         device, buffer = self._device, self._buffer
-        view = memoryview(buffer)
-        unpack = fuse.IN_HEADER.unpack_from
-        wait = self._waiting()
+        view, buffers = memoryview(buffer), (buffer,)
+        readv, unpack, clock = os.readv, fuse.IN_HEADER.unpack_from, time.perf_counter
+        serve, relax = self._serve, self._tree.places.relax
+        poll = select.poll()
+        poll.register(device, select.POLLIN)
+        poll.register(self._workers.ready, select.POLLIN)
+        look = poll.poll
+        spin = _SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
+        paid = True
         while True:
+            events = look(0)
+            if not events:
+                began = clock()
+                while paid and not events and clock() - began < spin:
+                    events = look(0)
+                events = events or look()
+                paid = clock() - began < spin
+            if len(events) > 1 or events[0][0] != device:
+                self._finish_jobs()
+                continue
             try:
-                length = os.readv(device, (buffer,))
-            except BlockingIOError:
-                length = 0
+                length = readv(device, buffers)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return
-                if error.errno not in (errno.EINTR, errno.ENOENT):  # ENOENT: its caller gave up meanwhile
+                # EAGAIN, ENOENT: whoever asked has given up meanwhile.
+                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     raise
                 continue
-            if length:
-                _, opcode, unique, node, uid, gid, _ = unpack(buffer)
-                self._tree.places.relax()
-                self._serve(Request(opcode, unique, node, uid, gid, view[_HEADER:length]))
-            elif wait():
-                self._finish_jobs()
-
-    def _waiting(self) -> Callable[[], bool]:
-        """A function that waits for a request or a job that is done, and tells whether there is one of these."""
-        ready = self._workers.ready
-        poll = select.poll()
-        poll.register(self._device, select.POLLIN)
-        poll.register(ready, select.POLLIN)
-        clock = time.perf_counter
-        spin = _SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
-        paid = True
-
-        def wait() -> bool:
-            nonlocal paid
-            began = now = clock()
-            events: list[tuple[int, int]] = []
-            while paid and not events and now - began < spin:
-                events = poll.poll(0)
-                now = clock()
-            events = events or poll.poll()
-            paid = clock() - began < spin
-            return any(fd == ready for fd, _ in events)
-
-        return wait
+            _, opcode, unique, node, uid, gid, _ = unpack(buffer)
+            relax()
+            serve(Request(opcode, unique, node, uid, gid, view[_HEADER:length]))
 
     def _serve(self, request: Request) -> None:
         """Carry out a request and answer it, or put it aside until a job is done."""
@@ -99,8 +88,8 @@ class Server:
                     self._answer(request.unique, errno.ENOSYS)
                 return
             payload = handler(request)
-        except NoReply:
-            return
+            if payload is not None:
+                self._send(request.unique, payload)
         except Aside as aside:
             self._workers.start(Job(partial(self._work, request.unique, aside.work)))
         except Pending as pending:
@@ -110,8 +99,6 @@ class Server:
         except Exception as error:  # a fault of ours must not take the mount down
             complain(f"request {request.opcode} on {request.node}: {type(error).__name__}: {error}")
             self._answer(request.unique, errno.EIO)
-        else:
-            self._send(request.unique, payload)
 
     def _send(self, unique: int, payload: Payload) -> None:
         try:

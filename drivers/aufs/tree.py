@@ -177,6 +177,7 @@ class Tree:
         below = [Place(None, b".", fd) for fd in lowers]
         top = above or below[0]
         info = os.stat(top.fd)
+        self._device = info.st_dev
         self._devices = {info.st_dev: 0}
         self._kept: dict[tuple[int, int], int] = {}
         self.root = Dir(1, top, b".", upper=above, lowers=below, real=(info.st_dev, info.st_ino))
@@ -240,7 +241,7 @@ class Tree:
             at = found[0] if isinstance(found, tuple) else found
         info = os.stat(name, dir_fd=at.fd if at.fd >= 0 else self.places.fd(at), follow_symlinks=False)
         real = (info.st_dev, info.st_ino)
-        ino = self._kept.get(real) or self._number(real)
+        ino = self._kept.get(real) or (info.st_ino if info.st_dev == self._device else self._number(real))
         lower = at is not directory.upper
         if is_dir:
             lowers = [Place(place, name) for place in found] if isinstance(found, tuple) else []
