@@ -362,11 +362,11 @@ class Operations:
         flags, mode, umask, _ = fuse.CREATE_IN.unpack_from(request.data)
         name = request.name(fuse.CREATE_IN.size)
         directory = self._directory(request.node)
-        found = self._tree.find(directory, name)
-        if found is not None and not flags & os.O_EXCL:  # it was made meanwhile
-            node, info = found
+        self._tree.load(directory)
+        if directory.has(name) and not flags & os.O_EXCL:  # it was made meanwhile
+            node = self._tree.get(directory, name)
             self._copyup.node(node, contents=not flags & os.O_TRUNC)
-            fd = self._descriptor(node, flags, True)
+            fd, info = self._descriptor(node, flags, True), self._tree.status(node)
         else:
             node, info, fd = self._union.create(directory, name, flags, mode, umask, request.caller)
         return self._entry(node, info) + self._opened(node, fd, writing=True)
