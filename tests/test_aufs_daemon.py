@@ -200,6 +200,9 @@ def test_options_are_taken_apart_at_their_own_separators() -> None:
 def test_it_outlives_its_caller_and_ends_with_the_mount(union: Union) -> None:
     union.mount()
     (daemon,) = union.daemons()
+    deadline = time.monotonic() + 20  # the caller goes on before the daemon has settled
+    while os.readlink(f"/proc/{daemon}/cwd") != "/" and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert os.getsid(daemon) == daemon
     assert os.readlink(f"/proc/{daemon}/cwd") == "/"
     union.unmount()
