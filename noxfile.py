@@ -22,12 +22,33 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
+# What takes its own time: real engines, and the gate's runs of whole benchmarks.
+ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
+GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; arguments go to pytest. As root everything is tried, otherwise what works without."""
+    """All tests but those of `engines` and `gate`; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE]))
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
+    _test(session, *ENGINES)
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Adaptive benchmark runs, compare and gate; arguments go to pytest."""
+    _test(session, *GATE)
+
+
+def _test(session: nox.Session, *arguments: str) -> None:
     install(session, "fuse", "serve", "test")
     # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
-    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *session.posargs)
+    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *arguments, *session.posargs)
 
 
 @nox.session
@@ -61,9 +82,9 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, in one run; arguments go to it."""
+    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
     install(session, "fuse")
-    session.run("python", "-m", "layerfs.bench.peers", *session.posargs)
+    session.run("python", "-m", "layerfs.bench.peers")
 
 
 @nox.session(venv_backend="none")

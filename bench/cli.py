@@ -80,13 +80,13 @@ def bench(
 ) -> int | None:
     """Measure drivers on this machine.
 
-    Makes scratch stores of its own, measures every workload on layers fresh for each sample, prints a table and keeps
+    Makes scratch stores of its own, measures each workload on layers fresh for each sample, prints a table and keeps
     all samples in a run file, which `pytest-benchmark compare` opens too. Nothing else stays.
 
     \b
     Profiles:
       smoke    a few workloads on small files, below a minute
-      default  every workload, repeated until its interval is narrow or the time is spent
+      default  plain I/O, copy-up, the life of layers, diff and apply, until intervals are narrow or time is spent
       full     every workload with every size and parameter; when it was stopped, the same command goes on
     """
     if listing:

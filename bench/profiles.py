@@ -33,7 +33,15 @@ PROFILES: Mapping[str, Profile] = {
     "smoke": Profile(
         (32 * _MIB,), ("copyup-first-write", "append-many", "frag-read", "cache-share", "layer-lifecycle"), 0.1, 15
     ),
-    "default": Profile((256 * _MIB,), (), 0.05, 110),
+    "default": Profile(
+        (256 * _MIB,),
+        (
+            *("seqwrite-new", "rewrite-upper", "seqread-lower", "randread", "randwrite"),
+            *("copyup-first-write", "layer-lifecycle", "diff-apply", "cache-share"),
+        ),
+        0.05,
+        60,
+    ),
     "full": Profile(
         tuple(size * _MIB for size in (1, 8, 16, 32, 64, 256, 512, 1024)), (), 0.03, None, sweeps=True, resumes=True
     ),

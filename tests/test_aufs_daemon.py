@@ -364,7 +364,7 @@ def test_it_works_without_root(public: Path, inner: str) -> None:
     command = ["unshare", "--mount", "sh", "-euc", outer, "sh", str(device), *inner.split()]
     command += ["sh", "-euc", act, "sh", PROGRAM or "", str(union.target), union.options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "Permission denied" in done.stderr and "layerfs-aufs" in done.stderr and "python" in done.stderr:
+    if done.returncode == 126 and "Permission denied" in done.stderr:  # as the shell says of a program it may not run
         pytest.skip("nobody may not run this environment's interpreter")
     assert (done.returncode, done.stdout) == (0, "below\n"), done.stderr
     assert union.wait_for_end()

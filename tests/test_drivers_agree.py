@@ -52,10 +52,9 @@ def perform(root: Path, operation: Operation, step: int) -> None:
     touched = [path, path.parent]
     match kind:
         case "write":
-            path.write_bytes(content)
+            _put(path, content, os.O_TRUNC)
         case "append":
-            with open(path, "ab") as file:
-                file.write(content)
+            _put(path, content, os.O_APPEND)
         case "truncate":
             os.truncate(path, number)
         case "unlink":
@@ -85,6 +84,12 @@ def perform(root: Path, operation: Operation, step: int) -> None:
     for place in touched:
         if os.path.lexists(place):
             os.utime(place, (_EPOCH + step, _EPOCH + step), follow_symlinks=False)
+
+
+def _put(path: Path, content: bytes, flag: int) -> None:
+    """Write, without waiting for somebody to read from a fifo."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | flag), "wb") as file:
+        file.write(content)
 
 
 class Model:

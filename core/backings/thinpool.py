@@ -102,6 +102,8 @@ class ThinPool(Kind):
                 raise Damaged(f"{device!r} is not the device that was made part of the pool of {str(self.root)!r}")
         is_clean = self._clean.exists()
         self._clean.unlink(missing_ok=True)
+        with places.directory(self.root) as fd:
+            os.fsync(fd)  # or else it could be there again after a crash
         self._activate(check=not is_clean)
 
     def down(self) -> None:

@@ -128,11 +128,11 @@ class Tools:
             fcntl.flock(fd, fcntl.LOCK_EX)
 
     @contextmanager
-    def held(self) -> Iterator[int]:
-        """A descriptor that keeps `settled` waiting while it is open anywhere."""
+    def held(self, *, alone: bool = False) -> Iterator[int]:
+        """A descriptor that keeps `settled` waiting while it is open anywhere, and with ``alone`` all others too."""
         fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield fd
         finally:
             os.close(fd)
@@ -146,7 +146,7 @@ class Tools:
         package = FUSE_PACKAGE if self.daemon else _PACKAGE
         command = [*(self.daemon.inside() if self.daemon else ()), tool(program, package), *arguments]
         what = " ".join([program, *arguments[:1], repr(arguments[-1])])
-        with self.held() as fd:
+        with self.held(alone=self.daemon is not None) as fd:  # zfs-fuse takes many at once badly: it hangs
             try:
                 result = subprocess.run(
                     command,
