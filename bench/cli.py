@@ -31,7 +31,7 @@ from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
 PIPE_WIDTH = 200  # where no terminal tells its own
-_GUEST_MEMORY, _MEMORY_OF_SIZES = 2 << 30, 6  # bytes, and times the large file, all of which stay cached when warm
+_GUEST_MEMORY, _MEMORY_OF_SIZES = 4 << 30, 6  # bytes; times the large file: daemons, and what is cached
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 

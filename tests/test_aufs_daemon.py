@@ -128,6 +128,37 @@ def test_it_is_a_helper_of_mount(union: Union) -> None:
     assert os.listdir(union.upper) == [".wh.below"]
 
 
+@pytest.mark.skipif(shutil.which("containers-storage") is None, reason="containers-storage is not installed")
+def test_it_is_the_mount_program_of_podman_s_storage(tmp_path: Path) -> None:
+    def storage(verb: str, *arguments: str) -> str:
+        command = ["containers-storage", verb, "--graph", str(tmp_path / "graph"), "--run", str(tmp_path / "run")]
+        command += ["--storage-driver", "overlay", "--storage-opt", f"overlay.mount_program={PROGRAM}", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    try:
+        lower = storage("create-layer").split()[0]
+        root = Path(storage("mount", lower).strip())
+        assert [point.type for point in mounts.table() if point.target == root] == ["fuse.layerfs-aufs"]
+        (root / "dir").mkdir()
+        (root / "dir" / "inner").write_bytes(b"x")
+        (root / "gone").write_bytes(b"x")
+        storage("unmount", lower)
+        upper = storage("create-layer", lower).split()[0]
+        root = Path(storage("mount", upper).strip())
+        assert sorted(os.listdir(root)) == ["dir", "gone"]
+        shutil.rmtree(root / "dir")
+        (root / "dir").mkdir()
+        (root / "gone").unlink()
+        storage("unmount", upper)
+        assert sorted(storage("changes", upper, lower).splitlines()) == [
+            'Delete "/dir/inner"',
+            'Delete "/gone"',
+            'Modify "/dir"',
+        ]
+    finally:
+        storage("shutdown", "--force")
+
+
 def test_without_an_upper_it_is_read_only(union: Union) -> None:
     (union.lower / "below").write_bytes(b"below")
     assert PROGRAM is not None
@@ -169,6 +200,9 @@ def test_options_are_taken_apart_at_their_own_separators() -> None:
 def test_it_outlives_its_caller_and_ends_with_the_mount(union: Union) -> None:
     union.mount()
     (daemon,) = union.daemons()
+    deadline = time.monotonic() + 20  # the caller goes on before the daemon has settled
+    while os.readlink(f"/proc/{daemon}/cwd") != "/" and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert os.getsid(daemon) == daemon
     assert os.readlink(f"/proc/{daemon}/cwd") == "/"
     union.unmount()

@@ -28,6 +28,7 @@ from layerfs.kernel.libc import libc
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="several users and devices need root")
 
 NOBODY = 65534
+LONGEST = "l" * 255
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 
@@ -46,6 +47,8 @@ def fill_base(root: Path) -> None:
     (root / "a").write_bytes(b"linked")
     os.link(root / "a", root / "b")
     os.link(root / "a", root / "dir" / "c")
+    for directory in (root, root / "dir" / "sub"):
+        (directory / LONGEST).write_bytes(b"long")
     os.symlink("file", root / "symlink")
     os.mkfifo(root / "fifo")
     os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -154,7 +157,7 @@ def test_a_directory_with_all_that_is_in_it_is_renamed(root: Path) -> None:
     assert os.stat(root / "hollow" / "moved").st_ino == inode
     assert (root / "hollow" / "moved" / "sub" / "deep" / "three").read_bytes() == b"three"
     assert sorted(os.listdir(root / "hollow" / "moved")) == ["c", "sub"]
-    assert sorted(os.listdir(held)) == ["deep", "four", "two"]
+    assert sorted(os.listdir(held)) == ["deep", "four", LONGEST, "two"]
     assert not (root / "dir").exists()
     os.close(held)
     os.mkdir(root / "dir")
@@ -193,7 +196,7 @@ def test_back_and_forth_leaves_what_was_there(root: Path) -> None:
         os.rename(root / "file", root / "elsewhere")
         os.rename(root / "elsewhere", root / "file")
     assert (root / "dir" / "sub" / "deep" / "three").read_bytes() == b"three"
-    assert sorted(os.listdir(root / "dir" / "sub")) == ["deep", "four", "two"]
+    assert sorted(os.listdir(root / "dir" / "sub")) == ["deep", "four", LONGEST, "two"]
 
 
 # Links
@@ -342,6 +345,17 @@ def test_holes_and_allocated_space(root: Path) -> None:
     with open(root / "sparse", "rb") as source, open(root / "copy", "wb") as target:
         assert os.copy_file_range(source.fileno(), target.fileno(), 4, 4 << 20, 0) == 4
     assert (root / "copy").read_bytes() == b"data"
+
+
+def test_data_that_is_not_yet_written_back_is_no_hole(root: Path) -> None:
+    """What cp(1) relies on when it copies a file that somebody is writing."""
+    with open(root / "growing", "wb", buffering=0) as file, open(root / "growing", "rb") as reader:
+        for number in range(1, 4):
+            file.write(b"x" * (1 << 20))
+            assert os.lseek(reader.fileno(), (number << 20) - 1, os.SEEK_DATA) == (number << 20) - 1
+            assert os.lseek(reader.fileno(), 0, os.SEEK_HOLE) == number << 20
+        subprocess.run(["cp", root / "growing", root / "copied"], check=True)
+    assert (root / "copied").read_bytes() == b"x" * (3 << 20)
 
 
 def test_a_file_without_a_name(root: Path) -> None:
@@ -607,6 +621,33 @@ def test_names_to_the_limit(root: Path) -> None:
         deep.mkdir()
     (deep / "file").write_bytes(b"deep")
     assert (deep / "file").read_bytes() == b"deep"
+
+
+def test_the_longest_names_can_be_deleted(root: Path) -> None:
+    """No whiteout can have a name that long."""
+    before = sorted(os.listdir(root))
+    os.unlink(root / LONGEST)
+    assert not (root / LONGEST).exists()
+    assert sorted(os.listdir(root)) == [name for name in before if name != LONGEST]
+    assert (root / "dir" / "sub" / LONGEST).read_bytes() == b"long"
+    os.rename(root / "dir" / "sub" / LONGEST, root / LONGEST)
+    assert sorted(os.listdir(root / "dir" / "sub")) == ["deep", "four", "two"]
+    assert (root / LONGEST).read_bytes() == b"long"
+    assert (root / "a").read_bytes() == (root / "b").read_bytes() == b"linked"
+    assert os.stat(root / "a").st_nlink == 3
+
+
+def test_the_root_itself_is_changed(root: Path) -> None:
+    os.chmod(root, 0o1751)
+    os.chown(root, 3, 4)
+    os.utime(root, ns=(5, 6_000_000_007))
+    os.setxattr(root, "user.root", b"1")
+    info = os.stat(root)
+    assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_mtime_ns) == (0o1751, 3, 4, 6_000_000_007)
+    assert os.getxattr(root, "user.root") == b"1"
+    os.removexattr(root, "user.root")
+    os.chown(root, 0, 0)
+    os.chmod(root, 0o755)
 
 
 def test_listing_while_entries_go(root: Path) -> None:

@@ -58,6 +58,7 @@ def furnish(job: Mapping[str, Any]) -> None:
     _SCRATCH.mkdir()
     mount(job["devices"]["scratch"], str(_SCRATCH), "ext4")
     _enter(_overlay(job["roots"], 0 if job["trusted"] else MS_NOSUID))
+    hidden = {path: os.open(path, os.O_PATH) for path in filter(_is_covered, job["kept"])}
     for kind, place, options in _SYSTEM:
         with contextlib.suppress(OSError):  # a small kernel may lack some of them
             os.makedirs(place, exist_ok=True)
@@ -73,8 +74,14 @@ def furnish(job: Mapping[str, Any]) -> None:
         os.mkdir(f"{_OLD}{own}")
         os.chmod(f"{_OLD}{own}", mode)
         _bind(str(own), place)
-    for path in sorted({*job["writable"], *filter(_is_covered, job["kept"])}):  # parents first
-        _bind(path, path)
+    for path in sorted({*job["writable"], *hidden}):  # parents first
+        if path in job["writable"]:
+            _bind(path, path)
+        else:
+            os.makedirs(path, exist_ok=True)
+            mount(f"/proc/self/fd/{hidden[path]}", path, "", MS_BIND)
+    for descriptor in hidden.values():
+        os.close(descriptor)
     umount(_OLD, MNT_DETACH)
     _OLD.rmdir()
     socket.sethostname(job["name"])

@@ -44,7 +44,9 @@ _ATTR = "QQQqqqIIIIIIIIII"
 """ino, size, blocks, atime, mtime, ctime, the same in ns, mode, nlink, uid, gid, rdev, blksize, flags."""
 ENTRY_OUT: Final = struct.Struct("<QQQQII" + _ATTR)
 """node, generation, how long the entry and the attributes are valid in s, the same in ns, attributes."""
-ATTR_OUT: Final = struct.Struct("<QI4x" + _ATTR)  # how long they are valid, the same in ns, attributes
+ENTRY_HEAD: Final = ENTRY_OUT.size - struct.calcsize("<" + _ATTR)
+"""Where the attributes begin in it."""
+ATTR_VALID: Final = struct.Struct("<QI4x")  # how long the attributes that follow are valid, the same in ns
 DIRENT: Final = struct.Struct("<QQII")  # ino, offset of the next one, length of the name, type
 
 SETATTR_IN: Final = struct.Struct("<I4xQQ8xqqqIIII4xII4x")
@@ -79,6 +81,8 @@ _INIT_IN = struct.Struct("<IIII")  # major, minor, max read-ahead, flags
 _INIT_IN_2 = struct.Struct("<I")  # flags from bit 32 on
 _INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 """major, minor, max read-ahead, flags, max background, congestion, max write, granularity, max pages, 0, flags 2."""
+_NOTIFY_INVAL_INODE = 2
+_INVAL_INODE = struct.Struct("<Qqq")  # node, offset, length (0: to the end)
 _MAJOR, _MINOR = 7, 38
 _OLDEST = 31
 
@@ -175,6 +179,14 @@ def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
     finally:
         os.set_blocking(fd, False)
     return Granted(flags, minor)
+
+
+def inval_inode(node: int) -> bytes:
+    """The message that has the kernel write back and drop what it has cached of a file's contents.
+
+    Whoever writes it to /dev/fuse waits for that, and so must not be the one who serves the requests that it leads to.
+    """
+    return OUT_HEADER.pack(OUT_HEADER.size + _INVAL_INODE.size, _NOTIFY_INVAL_INODE, 0) + _INVAL_INODE.pack(node, 0, 0)
 
 
 def _reply(fd: int, unique: int, payload: bytes) -> None:

@@ -92,7 +92,7 @@ class CopyUp:
         done = [top]
         for directory in done:  # it grows
             self._tree.load(directory)
-            if not directory.names:
+            if self._tree.is_gone(directory):
                 continue
             self._directory(directory)
             for name in list(directory.visible()):
@@ -132,6 +132,7 @@ class CopyUp:
 
     def _one_directory(self, directory: Dir) -> None:
         name = self.temporary()
+        os.umask(0)  # whoever made something last may have had another
         os.mkdir(name, 0o700, dir_fd=self.work)
         try:
             source = self._tree.places.fd(directory.lowers[0])

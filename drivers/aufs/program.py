@@ -18,8 +18,9 @@ import time
 from typing import Final
 
 from layerfs.drivers.aufs import options as command_line
+from layerfs.drivers.aufs.operations import WANTED
 from layerfs.drivers.aufs.options import Options
-from layerfs.drivers.aufs.server import WANTED, Server
+from layerfs.drivers.aufs.server import Server
 from layerfs.drivers.aufs.tree import Tree
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, refused
 from layerfs.kernel import fuse, mountapi
@@ -66,7 +67,7 @@ def _run(options: Options) -> None:
     except OSError as error:
         raise _unmountable(target, error) from error
     if not options.foreground:
-        _become_daemon()
+        _become_daemon({device, *lower, *(fd for fd in (upper, work) if fd is not None)})
     _serve(device, tree, work, target)
 
 
@@ -88,15 +89,18 @@ def _serve(device: int, tree: Tree, work: int | None, target: str) -> None:
         raise
 
 
-def _become_daemon() -> None:
-    """Leave the caller, who goes on at once: the union is mounted."""
+def _become_daemon(kept: set[int]) -> None:
+    """Leave the caller, who goes on at once: the union is mounted. Of all descriptors only ``kept`` stay open."""
     if os.fork():
         os._exit(0)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
-    os.close(null)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 def _opened(path: str, what: str) -> int:

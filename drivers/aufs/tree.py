@@ -177,6 +177,7 @@ class Tree:
         below = [Place(None, b".", fd) for fd in lowers]
         top = above or below[0]
         info = os.stat(top.fd)
+        self._device = info.st_dev
         self._devices = {info.st_dev: 0}
         self._kept: dict[tuple[int, int], int] = {}
         self.root = Dir(1, top, b".", upper=above, lowers=below, real=(info.st_dev, info.st_ino))
@@ -240,7 +241,7 @@ class Tree:
             at = found[0] if isinstance(found, tuple) else found
         info = os.stat(name, dir_fd=at.fd if at.fd >= 0 else self.places.fd(at), follow_symlinks=False)
         real = (info.st_dev, info.st_ino)
-        ino = self._kept.get(real) or self._number(real)
+        ino = self._kept.get(real) or (info.st_ino if info.st_dev == self._device else self._number(real))
         lower = at is not directory.upper
         if is_dir:
             lowers = [Place(place, name) for place in found] if isinstance(found, tuple) else []
@@ -275,10 +276,14 @@ class Tree:
         at = node.at
         return os.stat(node.named, dir_fd=at.fd if at.fd >= 0 else self.places.fd(at), follow_symlinks=False)
 
+    def is_gone(self, node: Node) -> bool:
+        """Whether a node has no name any more that is known."""
+        return not node.names and node is not self.root
+
     def links(self, node: Node, info: os.stat_result) -> int:
         """The link count that users see."""
         if isinstance(node, Dir):
-            if not node.names and node is not self.root:
+            if self.is_gone(node):
                 return 0
             # A directory of one branch alone is as it is; 1 is what some file systems say of all directories.
             if info.st_nlink > 1 and len(node.lowers) + (node.upper is not None) > 1:

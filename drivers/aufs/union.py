@@ -295,7 +295,7 @@ class Union:
     def _prepare(self, directory: Dir, name: bytes) -> int:
         """A descriptor of the upper's directory in which the new ``name`` is about to be made."""
         self._check_free(directory, name)
-        if not directory.names and directory is not self._tree.root:
+        if self._tree.is_gone(directory):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return self._copyup.upper(directory)
 
