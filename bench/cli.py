@@ -23,6 +23,7 @@ from layerfs.bench.journal import Journal
 from layerfs.bench.native import NATIVE
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
+from layerfs.bench.target_name import driver_of
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json, print_table
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
@@ -195,7 +196,7 @@ def _default_scratch() -> Path:
 def _usable(given: str, place: Path, errors: Console) -> list[str]:
     """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
     names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
-    probes = {name: registry.load(name).probe(place) for name in names if name != NATIVE}
+    probes = {name: registry.load(driver_of(name)).probe(place) for name in names if driver_of(name) != NATIVE}
     refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
     if given == "all":
         for name, reason in refused.items():

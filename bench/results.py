@@ -69,6 +69,20 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Work that could not be measured on a target.
+
+    Attributes:
+        workload: its label; "" where the target itself could not be made.
+        reason: the error's text.
+    """
+
+    target: str
+    workload: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Run:
     """All samples of one invocation.
 
@@ -85,6 +99,7 @@ class Run:
     samples: Sequence[Sample]
     fingerprint: Mapping[str, object]
     warnings: Sequence[str]
+    failures: Sequence[Failure] = ()
 
     def series(self) -> list[Series]:
         """In the order of workloads, then steps, then targets."""

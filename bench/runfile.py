@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def document(run: Run) -> dict[str, object]:
             "targets": list(run.targets),
             "fingerprint": run.fingerprint,
             "warnings": list(run.warnings),
+            "failures": [asdict(failure) for failure in run.failures],
             "calibration": calibration.entries(calibration.measured(run)),
         },
     }
