@@ -24,6 +24,7 @@ from layerfs.bench.target import Target
 from layerfs.errors import NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
+from layerfs.walk import disk_usage
 
 _PREFIX = "layerfs-bench-"
 
@@ -141,6 +142,16 @@ class StoreTarget(Target):
             write_back(self._store.driver.root)  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
 
+    def commit(self, key: str, name: str) -> None:
+        with self._interrupts.held():
+            self._store.commit(name, key)
+
+    def held(self) -> int:
+        with self._interrupts.held():
+            write_back(self._store.driver.root)
+            write_back(self._store.root)
+            return _allocated(self._store.root)
+
     def apply(self, key: str, diff: BinaryIO) -> int:
         with self._interrupts.held():
             return self._store.apply(key, diff).size
@@ -164,6 +175,15 @@ def _stands_on(driver: str, filesystem: str | None) -> bool:
     """Whether the run's common kind of backing is one that the driver works on."""
     needed = registry.load(driver).needs.filesystems
     return filesystem is None or not needed or filesystem in needed
+
+
+def _allocated(root: Path) -> int:
+    """Bytes that a directory holds on its own file system, without what is mounted in it."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return disk_usage(fd).size
+    finally:
+        os.close(fd)
 
 
 def _empty(store: Store) -> None:
