@@ -65,7 +65,7 @@ class Series:
         return together
 
     def counter(self, name: str) -> Interval:
-        return statistics.median([sample.counters[name] for sample in self.samples])
+        return statistics.median([sample.counters[name] for sample in self.samples if name in sample.counters])
 
 
 @dataclass(frozen=True)

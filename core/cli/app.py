@@ -42,6 +42,7 @@ _LATE = {
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
     "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
+    "claims": ("layerfs.bench.claims.cli:claims", "Test what others have claimed of drivers."),
     "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
