@@ -39,9 +39,11 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
 _LATE = {
+    "advise": ("layerfs.bench.advise.cli:advise", "Say which driver suits a work, by what was measured."),
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
     "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
+    "claims": ("layerfs.bench.claims.cli:claims", "Test what others have claimed of drivers."),
     "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
