@@ -42,6 +42,8 @@ _LATE = {
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
     "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
+    "report": ("layerfs.bench.report.cli:report", "Show its runs, with pictures."),
+    "history": ("layerfs.bench.history:history_command", "Show how its figures went over many runs."),
     "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
