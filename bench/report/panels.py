@@ -289,7 +289,7 @@ def course(machine: Machine) -> Panel:
         pictures["history-" + _slug(first.name)] = plots.lines(
             first.name[:1].upper() + first.name[1:],
             Axis("runs, the oldest first", axes.number),
-            Axis("time; lower is better", axes.seconds),
+            Axis("time; lower is better", axes.seconds, log=True),
             shown,
             [Mark(x - 0.5, target, change=True) for x, target in sorted(marks.items())],
         )
