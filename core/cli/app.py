@@ -44,6 +44,8 @@ _LATE = {
     "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
     "claims": ("layerfs.bench.claims.cli:claims", "Test what others have claimed of drivers."),
+    "report": ("layerfs.bench.report.cli:report", "Show its runs, with pictures."),
+    "history": ("layerfs.bench.history:history_command", "Show how its figures went over many runs."),
     "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
 }
 
