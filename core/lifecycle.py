@@ -93,7 +93,7 @@ class Lifecycle:
     def remove(self, key: str) -> None:
         """Take a layer away."""
         with self._database.transaction():
-            row = self._session.idle(key)
+            row = self._session.removable(key)
             if children := self._database.children(row.number):
                 some = ", ".join(map(repr, children[:2])) + (" and more" if len(children) > 2 else "")
                 raise FailedPrecondition(f"cannot remove the layer {key!r}: it has children; remove {some} first")
