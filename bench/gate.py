@@ -150,10 +150,8 @@ def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float,
 
 
 def _fitting(calibrated: Recorded, base: Recorded, *, force: bool) -> dict[Key, float]:
-    if calibrated.machine != base.machine and not force:
-        shared = {name for name in calibrated.machine if name in base.machine}
-        if any(calibrated.machine[name] != base.machine[name] for name in shared):
-            raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
+    if recorded.differences(calibrated.machine, base.machine) and not force:
+        raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
     return dict(calibrated.thresholds)
 
 

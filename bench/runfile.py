@@ -108,6 +108,7 @@ def _extra(series: Series) -> dict[str, object]:
         "bytes": [timing.bytes for timing in series.timings],
         "operations": [timing.operations for timing in series.timings],
         "latencies": [[[seconds, number] for seconds, number in sorted(t.latencies.items())] for t in series.timings],
+        **({"courses": courses} if (courses := [[round(at, 6) for at in t.course] for t in series.timings])[0] else {}),
         "processor": series.processor,
         "rounds": [sample.round for sample in series.samples],
         "counters": {

@@ -289,7 +289,7 @@ def _sample(work: Workload, target: Target, number: int, shared: Path, interrupt
             try:
                 with interrupts.allowed():
                     work.set_up(layer)
-                    reached = _settled(work, layer)
+                    reached = settle(work, layer)
                     timings = work.measure(layer)
                 return Sample(target.name, work, number, timings, work.counters(layer), reached)
             finally:
@@ -301,7 +301,7 @@ def _sample(work: Workload, target: Target, number: int, shared: Path, interrupt
         raise LayerfsError(f"measuring {work.label} on {target.name}: {error.strerror or error}") from error
 
 
-def _settled(work: Workload, layer: Layer) -> Reached | None:
+def settle(work: Workload, layer: Layer) -> Reached | None:
     """Nothing is left to be written, and the file that is read is in the cache state that the workload names."""
     caches.write_back(*([layer.tree] if layer.tree else []), layer.shared)
     if work.cache is CacheState.ANY:

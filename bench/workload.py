@@ -37,6 +37,7 @@ class Timing:
         latencies: seconds of single operations and how often each occurred, as far as they were recorded.
         processor: seconds of processor time, in the kernel and outside, that the process which did it used; 0 where
             nobody knows. It does not grow with waiting, and so tells more work from a busy machine.
+        course: seconds from the step's beginning at which each of its operations was done, where that is of interest.
     """
 
     step: str
@@ -45,6 +46,7 @@ class Timing:
     operations: int = 0
     latencies: Mapping[float, int] = field(default_factory=dict)
     processor: float = 0.0
+    course: Sequence[float] = ()
 
 
 class Stopwatch:
@@ -58,6 +60,11 @@ class Stopwatch:
         seconds, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
         self._restart()
         return Timing(step, seconds, processor=processor, **figures)
+
+    @property
+    def so_far(self) -> float:
+        """Seconds since the last lap."""
+        return time.perf_counter() - self._wall
 
     def _restart(self) -> None:
         self._processor, self._wall = time.process_time(), time.perf_counter()

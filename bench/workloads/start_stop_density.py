@@ -35,18 +35,22 @@ class StartStopDensity(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, keys = layer.target, self._keys(layer)
+        risen: list[float] = []
+        fallen: list[float] = []
         clock = Stopwatch()
         for key in keys:
             target.create(key, self.base)
             target.mount(key)
-        up = clock.lap("up", operations=self.layers)
+            risen.append(clock.so_far)
+        up = clock.lap("up", operations=self.layers, course=risen)
         size = target.occupied(keys[-1])
         self._sizes[layer.key] = size
         clock = Stopwatch()
         for key in keys:
             target.unmount(key)
             target.remove(key)
-        return [up, clock.lap("down", operations=self.layers)]
+            fallen.append(clock.so_far)
+        return [up, clock.lap("down", operations=self.layers, course=fallen)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes of one layer": self._sizes.pop(layer.key)}
