@@ -25,13 +25,14 @@ def install(session: nox.Session, *extras: str) -> None:
 # What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
 ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
 GUESTS = ["tests/test_guest.py"]
+SUITES = ["tests/test_suites.py"]
 GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests but those of `engines`, `gate` and `guests`; arguments go to pytest. As root everything is tried."""
-    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS]))
+    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS, *SUITES]))
 
 
 @nox.session
@@ -44,6 +45,12 @@ def engines(session: nox.Session) -> None:
 def guests(session: nox.Session) -> None:
     """Guests themselves; what needs their kernels is in `tests`. Arguments go to pytest."""
     _test(session, *GUESTS)
+
+
+@nox.session
+def suites(session: nox.Session) -> None:
+    """containerd's and Docker's own test suites for storage drivers; arguments go to pytest."""
+    _test(session, *SUITES)
 
 
 @nox.session

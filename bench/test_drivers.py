@@ -100,7 +100,7 @@ def test_driver(
     benchmark.group = work.label
     rounds = request.config.getoption("--layerfs-rounds")
     with held:
-        benchmark.pedantic(measure, setup=set_up, teardown=tear_down, rounds=rounds)
+        benchmark.pedantic(measure, setup=set_up, teardown=tear_down, rounds=rounds)  # type: ignore[no-untyped-call]
     benchmark.extra_info["steps"] = {
         timing.step: median([sample[number].seconds for sample in samples]).middle
         for number, timing in enumerate(samples[0])

@@ -162,7 +162,7 @@ class Workload(ABC):
     def variant(self) -> list[str]:
         """The values of swept parameters, for people; a size or a block as ``4K``."""
         values = [(name, getattr(self, name)) for name in self.swept]
-        return [_short(value) if name in ("size", "block", "memory") else str(value) for name, value in values]
+        return [_shown(name, value) for name, value in values]
 
     @property
     def label(self) -> str:
@@ -201,6 +201,12 @@ def _variants(kind: type[Workload], sizes: Sequence[int], seed: int, *, full: bo
         given: dict[str, Any] = {"size": sizes[0], **dict(zip(sweep, values, strict=True))}
         made.append(kind(seed=seed, swept=tuple(sweep), **given))
     return [work for work in made if work.fits]
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return _short(value) if name in ("size", "block", "memory") else str(value)
 
 
 def _short(value: int) -> str:

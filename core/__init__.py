@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         OutOfSpace,
     )
     from layerfs.layer import Kind, Layer
+    from layerfs.settling import Sync
     from layerfs.store import Store
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "Probe",
     "Problem",
     "Store",
+    "Sync",
     "Upper",
     "Usage",
     "Whiteouts",
@@ -100,6 +102,7 @@ _HOMES = {
         "OutOfSpace",
     ),
     "layerfs.layer": ("Kind", "Layer"),
+    "layerfs.settling": ("Sync",),
     "layerfs.store": ("Store",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

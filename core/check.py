@@ -15,6 +15,7 @@ from layerfs.layer import Kind
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
 from layerfs.session import Session, named
+from layerfs.settling import boot
 from layerfs.transfer import Transfer
 
 
@@ -129,6 +130,12 @@ class Check:
             except LayerfsError as error:
                 if self._is_still_there(row):
                     yield Finding("damaged", row.key, str(error))
+                return
+            self._database.settle([row.number])
+        if self._database.is_doubtful(row.number, boot()):
+            what = "it was committed just before the machine went down: files may be incomplete"
+            finding = Finding("damaged", row.key, what, True)
+            yield self._repaired(finding, partial(self._database.settle, [row.number])) if repair else finding
 
     def _treated(self, row: Row, problem: Problem, parents: list[str], repair: bool) -> Finding:
         finding = Finding("damaged", row.key, problem.what, problem.repairable)

@@ -26,7 +26,7 @@ from layerfs.driver import Usage
 from layerfs.errors import Damaged, InvalidArgument, LayerfsError, OutOfSpace
 from layerfs.layer import Kind, Layer
 
-VERSION = 1
+VERSION = 2
 """Of the schema below; kept in SQLite's ``user_version``."""
 
 NOBODY = 0
@@ -87,6 +87,14 @@ CREATE TABLE images (
     created TEXT NOT NULL
 ) STRICT;
 CREATE INDEX images_top ON images (top_chain_id);
+"""
+
+# What version 2 brought: layers that are or were committed and whose data may not be written out; see `Settling`.
+_UNSETTLED = """
+CREATE TABLE unsettled (
+    layer INTEGER PRIMARY KEY REFERENCES layers (number) ON DELETE CASCADE,
+    boot TEXT NOT NULL
+) STRICT
 """
 
 _PAGE = 500
@@ -343,6 +351,25 @@ class Database:
                 below = self._all("SELECT number FROM layers WHERE parent = ?", row.number)
                 todo += [child["number"] for child in below]
 
+    def mark_unsettled(self, number: int, boot: str) -> None:
+        """Note that a layer's data may not be written out, in this boot of the machine."""
+        self._run("INSERT OR REPLACE INTO unsettled VALUES (?, ?)", number, boot)
+
+    def unsettled(self, boot: str) -> list[int]:
+        """The layers that were marked in this boot and are at rest since."""
+        query = "SELECT layer FROM unsettled JOIN layers ON number = layer WHERE boot = ? AND state = ?"
+        return [row["layer"] for row in self._all(query, boot, State.READY)]
+
+    def is_doubtful(self, number: int, boot: str) -> bool:
+        """Whether a layer was marked in an earlier boot, so that its data may never have been written out."""
+        query = "SELECT EXISTS (SELECT 1 FROM unsettled WHERE layer = ? AND boot <> ?)"
+        return bool(self._value(query, number, boot))
+
+    def settle(self, numbers: Iterable[int], boot: str | None = None) -> None:
+        """Take marks away: those of one boot, or of any."""
+        for number in numbers:
+            self._run("DELETE FROM unsettled WHERE layer = ? AND boot = coalesce(?, boot)", number, boot)
+
     def delete(self, number: int) -> None:
         """Forget a layer; what it was mounted on is forgotten too."""
         self._run("DELETE FROM layers WHERE number = ?", number)
@@ -448,10 +475,13 @@ class Database:
         if version == VERSION:
             return
         with self.transaction():
-            if self._version() == 0:  # else another process was quicker
+            version = self._version()  # another process may have been quicker
+            if version < 1:
                 for statement in _SCHEMA.split(";\n"):
                     self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+            if version < 2:
+                self._connection.execute(_UNSETTLED)
+            self._connection.execute(f"PRAGMA user_version = {VERSION}")
 
     def _version(self) -> int:
         return int(self._connection.execute("PRAGMA user_version").fetchone()[0])

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from layerfs import digest, imageexport, oci, platforms, sources
+from layerfs import adopt, digest, imageexport, oci, platforms, sources
 from layerfs.database import Database, ImageRow, checked_text
 from layerfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LayerfsError, NotFound
 from layerfs.imageblobs import ImageBlobs
@@ -69,13 +69,15 @@ class Images:
         self,
         source: Path,
         *,
+        kind: str | None = None,
         name: str | None = None,
         platform: str | None = None,
         progress: Progress | None = None,
     ) -> builtins.list[Image]:
-        """Import what is in an OCI layout (folder or tar) or in a docker archive.
+        """Import what is in an OCI layout (folder or tar), in a docker archive, or in another program's own store.
 
         Args:
+            kind: whose store the directory ``source`` is, one of `layerfs.adopt.KINDS`; by default it is no such.
             name: of the image in the store; where the source has several images, also which of them is meant. By
                 default every image of the source is imported under each of its own names.
             platform: as ``linux/arm64/v8``; by default the host's.
@@ -91,7 +93,8 @@ class Images:
         if name == "":
             raise InvalidArgument("an image needs a name that is not empty")
         found: list[Image] = []
-        with sources.opened(source, self._store.root) as candidates, self._blobs.locked():
+        opened = sources.opened(source, self._store.root) if kind is None else adopt.opened(kind, source)
+        with opened as candidates, self._blobs.locked():
             for candidate, names in _chosen(candidates, name, source):
                 image = candidate.load(wanted)
                 self._check_names(names, image.config)

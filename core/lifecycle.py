@@ -6,11 +6,20 @@ from collections.abc import Mapping
 
 from layerfs.database import NOBODY, Row, State, checked_text, encoded
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, NotFound
+from layerfs.errors import (
+    AlreadyExists,
+    Damaged,
+    EnvironmentUnfit,
+    FailedPrecondition,
+    InvalidArgument,
+    LayerfsError,
+    NotFound,
+)
 from layerfs.layer import Kind, Layer
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
 from layerfs.session import Session
+from layerfs.settling import boot
 from layerfs.transfer import Transfer
 
 
@@ -67,7 +76,9 @@ class Lifecycle:
             self._mounting.take_down(row)
             if digest and not row.layer.diff_id:
                 self._transfer.measure(row)
-            self._database.change(row.number, state=State.SEALING)
+            with self._database.transaction():
+                self._database.change(row.number, state=State.SEALING)
+                self._database.mark_unsettled(row.number, boot())
         except BaseException:
             self._recovery.unlock(row)
             raise
@@ -124,6 +135,11 @@ class Lifecycle:
             raise NotFound(f"there is no layer or image {name!r} to be a parent")
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"the layer {name!r} is {row.kind}; only a committed layer can be a parent")
+        if self._database.is_doubtful(row.number, boot()):
+            raise Damaged(
+                f"the layer {name!r} was committed just before the machine went down, and its files may be incomplete; "
+                "unpack it again, or accept it as it is with `layerfs check --repair`"
+            )
         return row.number
 
     def _check_free(self, key: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from layerfs.database import NOBODY, Row, State
 from layerfs.errors import FailedPrecondition, LayerfsError
 from layerfs.mounting import Mounting
 from layerfs.session import Session, named
+from layerfs.settling import Settling, Sync
 
 
 class Recovery:
     """Takes over the work of dead sessions."""
 
-    def __init__(self, session: Session, mounting: Mounting) -> None:
+    def __init__(self, session: Session, mounting: Mounting, settling: Settling) -> None:
         self._session = session
         self._database = session.database
         self._mounting = mounting
+        self._settling = settling
 
     def run(self, *, given_up: bool = False) -> list[str]:
         """Recover what dead sessions left; what was done, for people.
@@ -39,6 +43,7 @@ class Recovery:
         done = [self._finish_or_give_up(row) for row in rows]
         done += [self._discard_or_give_up(volume) for volume in volumes]
         if dead:
+            self._settle()
             done += self._mounting.tidy()
         return [what for what in done if what]
 
@@ -69,17 +74,21 @@ class Recovery:
                 self._database.delete_volume(row.volume)
 
     def seal(self, row: Row) -> None:
-        """Finish a commit."""
+        """Finish a commit, whose layer is marked as one whose data may not be written out."""
         volume, parents = self._session.volumes(row)
         self._session.driver.seal(volume, parents)
-        self._session.sync()
+        if self._settling.sync is Sync.COMMIT:
+            self._settling.write_out([row.number])
         assert row.new_key is not None
         assert row.new_labels is not None
         with self._database.transaction():
             self._database.commit(row.number, row.new_key, row.new_labels)
+        if self._settling.sync is Sync.LATER:
+            self._settling.write_out([row.number])
 
     def unlock(self, row: Row) -> None:
         """Let a layer be as it was before an operation began."""
+        self._database.settle([row.number])
         self._database.change(row.number, state=State.READY, owner=None, new_key=None, new_labels=None)
 
     def give_up(self, row: Row, error: LayerfsError) -> None:
@@ -88,6 +97,10 @@ class Recovery:
             self.unlock(row)
         else:
             self._database.change(row.number, owner=NOBODY)
+
+    def _settle(self) -> None:
+        with contextlib.suppress(LayerfsError):
+            self._settling.settle()
 
     def _finish_or_give_up(self, row: Row) -> str:
         try:

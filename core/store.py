@@ -24,6 +24,7 @@ from layerfs.mounting import Mounting
 from layerfs.opening import Wanted, close_session, open_session
 from layerfs.recovery import Recovery
 from layerfs.session import Session
+from layerfs.settling import Settling, Sync
 from layerfs.transfer import Transfer
 from layerfs.unpacking import BlobLayer, Unpacking
 
@@ -44,6 +45,7 @@ class Store:
             where the driver needs another than there is.
         create: make the store where there is none.
         force: make a backing on a device even if that holds data, which is lost then.
+        sync: when data of committed layers is written out; an import always waits for it.
 
     Raises `NotFound` (there is no store, and it shall not be made), `InvalidArgument` (another driver, another backing,
     a directory that holds something else), `EnvironmentUnfit`, `OutOfSpace`, `KernelRefused`.
@@ -61,11 +63,13 @@ class Store:
         backing: BackingSpec | None = None,
         create: bool = True,
         force: bool = False,
+        sync: Sync = Sync.COMMIT,
     ) -> None:
         self._session: Session = open_session(Path(root), Wanted(driver, options, backing, force), create=create)
         self._database = self._session.database
         self._mounting = Mounting(self._session)
-        self._recovery = Recovery(self._session, self._mounting)
+        self._settling = Settling(self._session, sync)
+        self._recovery = Recovery(self._session, self._mounting, self._settling)
         self._transfer = Transfer(self._session, self._mounting)
         self._lifecycle = Lifecycle(self._session, self._mounting, self._recovery, self._transfer)
         self._unpacking = Unpacking(self._session)
@@ -88,6 +92,7 @@ class Store:
         if not self._closed:
             self._closed = True
             self._mounting.release()
+            self._settling.close()
             close_session(self._session)
 
     @property

@@ -99,18 +99,25 @@ def open_store(
     options: Mapping[str, str] | None = None,
     backing: BackingSpec | None = None,
     force: bool = False,
+    sync: str = "commit",
 ) -> Iterator[Store]:
     """The store that the options name, in a user namespace where the caller is not root.
+
+    ``sync`` is one of `layerfs.settling.Sync`.
 
     Raises what `layerfs.store.Store` and `layerfs.kernel.userns.enter` do.
     """
     from layerfs.kernel import userns
+    from layerfs.settling import Sync
     from layerfs.store import Store
 
     chosen = settings()
     root = chosen.place()
     userns.enter()
-    with Store(root, chosen.driver, options=options or {}, backing=backing, create=create, force=force) as store:
+    when = Sync(sync)
+    with Store(
+        root, chosen.driver, options=options or {}, backing=backing, create=create, force=force, sync=when
+    ) as store:
         yield store
 
 

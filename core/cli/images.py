@@ -10,6 +10,7 @@ import click
 
 from layerfs.cli.common import Command, json_option, open_store
 from layerfs.cli.output import ago, image_progress, print_json, print_table, size_text
+from layerfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from layerfs.images import Image
@@ -22,20 +23,35 @@ if TYPE_CHECKING:
         "import debian.oci",
         "import debian.tar --name debian:12",
         "import images.oci --platform linux/arm64",
+        "import --from docker:/var/lib/docker",
+        "import --from containers-storage:/var/lib/containers/storage --name localhost/my-app:latest",
     ),
 )
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.option("--from", "store_of", metavar="KIND:DIR", help="Import from the data directory of another program.")
 @click.option("--name", metavar="NAME", help="The image's name in the store [default: the one in the SOURCE].")
 @click.option("--platform", metavar="OS/ARCH", help="Which image of several platforms [default: this machine's].")
 @json_option
-def import_image(source: Path, name: str | None, platform: str | None, as_json: bool) -> None:
+def import_image(
+    source: Path | None, store_of: str | None, name: str | None, platform: str | None, as_json: bool
+) -> None:
     """Import images from an OCI layout or Docker archive.
 
-    Prints their names. SOURCE is an OCI layout (folder or tar) or a tar of "docker save". Layers that the store has
-    already are not stored again. Every digest is verified.
+    Prints their names. SOURCE is an OCI layout (folder or tar) or a tar of "docker save". Instead of it, --from takes
+    all images of Docker (docker:DIR; its drivers overlay2 and vfs) or of podman and buildah (containers-storage:DIR;
+    overlay and vfs), and writes nothing there. Layers that the store has already are not stored again. Every digest is
+    verified.
     """
+    kind = None
+    if store_of is not None:
+        kind, colon, directory = store_of.partition(":")
+        if source is not None or not colon or not directory:
+            raise InvalidArgument("--from takes docker:DIR or containers-storage:DIR, and no SOURCE goes with it")
+        source = Path(directory)
+    if source is None:
+        raise InvalidArgument("name a SOURCE, or another program's data directory with --from")
     with open_store(create=True) as store, image_progress() as progress:
-        found = store.images.import_(source, name=name, platform=platform, progress=progress)
+        found = store.images.import_(source, kind=kind, name=name, platform=platform, progress=progress)
     if as_json:
         print_json([image_facts(image) for image in found])
         return

@@ -35,6 +35,13 @@ def _options(socket: str, engines: str) -> Callable[[Callable[..., None]], Calla
             metavar="PATH",
             help="Where to listen; systemd's socket, if it gives one, goes before.",
         ),
+        click.option(
+            "--sync",
+            type=click.Choice(["later", "commit"]),
+            default="later",
+            show_default=True,
+            help="When data is written out: before a commit is answered, or about a second later.",
+        ),
         click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there."),
         click.option("--print-config", is_flag=True, help=f"Print configuration for {engines}, and end."),
         click.option("--print-unit", is_flag=True, help="Print units for systemd, and end."),
@@ -56,7 +63,7 @@ def _options(socket: str, engines: str) -> Callable[[Callable[..., None]], Calla
     ),
 )
 @_options("/run/layerfs/containerd.sock", "containerd, BuildKit and Docker 29")
-def containerd(socket: Path, metrics: str | None, print_config: bool, print_unit: bool) -> None:
+def containerd(socket: Path, sync: str, metrics: str | None, print_config: bool, print_unit: bool) -> None:
     """Serve a store to containerd as a snapshotter.
 
     Runs until SIGTERM or Ctrl-C, then finishes the requests under way; containers go on without it. The store belongs
@@ -70,7 +77,7 @@ def containerd(socket: Path, metrics: str | None, print_config: bool, print_unit
     if print_unit:
         _print_unit("containerd", socket)
     if not print_config and not print_unit:
-        _serve("containerd", socket, metrics)
+        _serve("containerd", socket, sync, metrics)
 
 
 @serve.command(
@@ -81,7 +88,7 @@ def containerd(socket: Path, metrics: str | None, print_config: bool, print_unit
     ),
 )
 @_options("/run/docker/plugins/layerfs.sock", "Docker 20.10 to 26")
-def docker(socket: Path, metrics: str | None, print_config: bool, print_unit: bool) -> None:
+def docker(socket: Path, sync: str, metrics: str | None, print_config: bool, print_unit: bool) -> None:
     """Serve a store to Docker 20.10 to 26 as a graph driver.
 
     Docker finds the driver by the name of its socket. Runs until SIGTERM or Ctrl-C, then finishes the requests under
@@ -95,7 +102,7 @@ def docker(socket: Path, metrics: str | None, print_config: bool, print_unit: bo
     if print_unit:
         _print_unit("docker", socket)
     if not print_config and not print_unit:
-        _serve("docker", socket, metrics)
+        _serve("docker", socket, sync, metrics)
 
 
 def _print_unit(engine: str, socket: Path) -> None:
@@ -104,14 +111,14 @@ def _print_unit(engine: str, socket: Path) -> None:
     click.echo(setup.units(engine, os.path.abspath(sys.argv[0]), socket, settings().place()), nl=False)
 
 
-def _serve(engine: str, socket: Path, metrics: str | None) -> None:
+def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     if os.geteuid() != 0:
         raise EnvironmentUnfit(f"serving {engine} takes root, for its mounts are seen by all; run it as root")
     run, requests = _loaded(engine, metrics)
     # Times are left to systemd's journal where that keeps the log.
     form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
-    with open_store(create=True) as store:
+    with open_store(create=True, sync=sync) as store:
         run(store, socket, requests)
 
 

@@ -20,6 +20,9 @@ from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 BUSYBOX = Path("/bin/busybox")
 """A static program with many names (Debian's package busybox-static), which an image can be made of."""
 
+# What is installed beside this interpreter (layerfs-aufs) is found by engines that the tests start.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+
 _NAMES = ("sh", "ls", "cat", "echo", "sleep", "true", "false", "touch", "rm", "mkdir", "mv", "dd", "ln", "stat", "id")
 
 
