@@ -143,6 +143,9 @@ REFUSED: dict[str, list[Member]] = {
     "below a file": [entry("f", b"x"), entry("f/evil", b"x")],
     "link in /proc of the lower layer": [entry("proc/evil", b"x"), entry("proc/self/root/evil", b"x"), folder("../x")],
     "hard link to an absolute name": [hard("l", "/etc/passwd")],
+    "hard link to the root": [hard("l", "/")],
+    "whiteout of the root": [entry("/.wh.")],
+    "file in the root's place": [entry("/", b"x")],
     "hard link to dot-dot": [hard("l", "../secret")],
     "hard link to dot-dot that stays inside": [hard("l", "etc/../etc/passwd")],
     "hard link to nothing": [hard("l", "missing")],
@@ -214,6 +217,7 @@ CONFINED: dict[str, list[Member]] = {
     "opaque root with links in it": [entry(".wh..wh..opq")],
     "a link takes a directory's place": [folder("d"), entry("d/f"), symlink("d", "../..")],
     "fifo over a link": [entry("to-passwd", kind=tarfile.FIFOTYPE)],
+    "the root, as umoci calls it": [folder("/"), folder("//")],
 }
 
 
