@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import mmap
@@ -77,6 +78,18 @@ def resident(file: Path) -> float:
         return _resident(descriptor, length) if length else 0.0
     finally:
         os.close(descriptor)
+
+
+def own_cache() -> int | None:
+    """Bytes in the cache that ZFS keeps beside the page cache (its ARC); None where the kernel has none.
+
+    See zfs(4); files of a ZFS in the kernel are in the page cache only while they are mapped.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/spl/kstat/zfs/arcstats").read_text().splitlines():
+            if line.split()[:1] == ["size"]:
+                return int(line.split()[2])
+    return None
 
 
 def write_back(*places: Path) -> None:

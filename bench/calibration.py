@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 from layerfs.bench import statistics
 from layerfs.bench.results import Run, Series
-from layerfs.bench.scratch import AGAIN, driver_of
 from layerfs.bench.statistics import Interval
+from layerfs.bench.target_name import AGAIN, first_of_pair
 
 PROCESSOR = " (processor)"
 """Ends the name of a step where its processor time is meant."""
@@ -45,9 +45,9 @@ def measured(run: Run) -> list[Noise]:
     """What a calibrating run says; nothing for any other run."""
     found: dict[tuple[str, str, str], Series] = {(s.workload.label, s.step, s.target): s for s in run.series()}
     pairs = [
-        (found[label, step, driver_of(target)], again)
+        (found[label, step, first], again)
         for (label, step, target), again in found.items()
-        if driver_of(target) != target and (label, step, driver_of(target)) in found
+        if (first := first_of_pair(target)) and (label, step, first) in found
     ]
     found_noise = []
     for one, two in pairs:

@@ -23,6 +23,7 @@ from layerfs.bench.journal import Journal
 from layerfs.bench.native import NATIVE
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
+from layerfs.bench.target_name import driver_of
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json, print_table
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
@@ -95,9 +96,9 @@ def bench(
     usual = PROFILES[profile]
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
     if guest:
-        return _in_guest(guest, max(sizes), output, scratch)
+        return in_guest("bench", guest, max(sizes), output, scratch)
     seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
-    place = (scratch or _default_scratch()).absolute()
+    place = (scratch or default_scratch()).absolute()
     wanted = [name for given in names for name in given.split(",") if name] or list(usual.workloads)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     userns.enter()
@@ -128,14 +129,19 @@ def bench(
     return None
 
 
-def _in_guest(kind: str, size: int, output: Path | None, scratch: Path | None) -> int:
-    """Run the very same command in a guest, with the scratch stores on its disk."""
+def in_guest(command: str, kind: str, size: int, output: Path | None, scratch: Path | None) -> int:
+    """Run the very same command in a guest, with the scratch stores on its disk.
+
+    Args:
+        command: its name; its options are those of the running one, but for the guest's own.
+        size: bytes of the largest file, which memory is given for.
+    """
     request = layerfs.guest.Request(
-        command=(sys.executable, "-m", "layerfs.cli", "bench", *_given_options("guest", "scratch")),
+        command=(sys.executable, "-m", "layerfs.cli", command, *_given_options("guest", "scratch")),
         kind=kind,
         memory=max(_GUEST_MEMORY, _MEMORY_OF_SIZES * size),
         cpus=1 if kind == "uml" else len(os.sched_getaffinity(0)),
-        place=scratch or _default_scratch(),
+        place=scratch or default_scratch(),
         writable=tuple({Path.cwd(), *([output.absolute().parent] if output else [])} - {Path("/")}),
         progress=lambda what: click.echo(f"{what} …", err=True),
     )
@@ -186,7 +192,7 @@ def _list(as_json: bool) -> None:
         print_table(("workload", "measures"), rows)
 
 
-def _default_scratch() -> Path:
+def default_scratch() -> Path:
     """TMPDIR, else /var/tmp, which unlike /tmp is on a disk everywhere (hier(7))."""
     place = Path("/var/tmp")  # noqa: S108 - the directory made in it has a random name and mode 0700
     return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") or not place.is_dir() else place
@@ -195,7 +201,7 @@ def _default_scratch() -> Path:
 def _usable(given: str, place: Path, errors: Console) -> list[str]:
     """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
     names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
-    probes = {name: registry.load(name).probe(place) for name in names if name != NATIVE}
+    probes = {name: registry.load(driver_of(name)).probe(place) for name in names if driver_of(name) != NATIVE}
     refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
     if given == "all":
         for name, reason in refused.items():

@@ -13,7 +13,7 @@ import statistics as plain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerfs.bench import statistics
+from layerfs.bench import recorded, statistics
 from layerfs.bench.recorded import CounterKey, Key, Recorded
 from layerfs.bench.statistics import Interval
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
@@ -115,11 +115,7 @@ def compare(
 
     Raises `EnvironmentUnfit` for those without ``force``, `InvalidArgument` where the runs have nothing in common.
     """
-    differences = [
-        f"{name} {base.machine.get(name)!r} and {head.machine.get(name)!r}"
-        for name in sorted({*base.machine} & {*head.machine})
-        if base.machine.get(name) != head.machine.get(name)
-    ]
+    differences = recorded.differences(base.machine, head.machine)
     if differences and not force:
         raise EnvironmentUnfit(
             f"{base.name!r} and {head.name!r} are of different machines ({'; '.join(differences)}), and figures of "

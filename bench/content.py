@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import random
@@ -36,6 +37,11 @@ class Base:
 def lower_file(size: int, seed: int) -> Base:
     """One file of ``size`` bytes, `LOWER_FILE`."""
     return Base(f"file-{size}-{seed}", size, lambda root: write_random(root / LOWER_FILE, size, seed))
+
+
+def deepened(base: Base, depth: int) -> Base:
+    """The same below further layers, ``depth`` in all."""
+    return base if depth == 1 else dataclasses.replace(base, key=f"{base.key}-depth-{depth}", depth=depth)
 
 
 def small_files(count: int, size: int, seed: int) -> Base:

@@ -68,6 +68,7 @@ def machine(place: Path) -> dict[str, object]:
         "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory": f"{_memory('MemTotal') / (1 << 30):.0f} GiB",
+        "memory limit": memory.limit_now(),
         "kernel": platform.release(),
         "file system": disk.get("filesystem"),
         "disk": disk.get("model") or disk.get("disk"),

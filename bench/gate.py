@@ -21,13 +21,14 @@ from layerfs.errors import InvalidArgument, refused
 EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
 
 _file = click.Path(path_type=Path)
+_found = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("compare")
-@click.argument("base", type=_file)
-@click.argument("head", type=_file)
+@click.argument("base", type=_found)
+@click.argument("head", type=_found)
 @click.option(
-    "--calibration", type=_file, help="Run file of `layerfs bench --calibrate` [default: BASE, if it is one]."
+    "--calibration", type=_found, help="Run file of `layerfs bench --calibrate` [default: BASE, if it is one]."
 )
 @click.option("--force", is_flag=True, help="Compare runs of different machines, too.")
 @json_option
@@ -150,10 +151,8 @@ def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float,
 
 
 def _fitting(calibrated: Recorded, base: Recorded, *, force: bool) -> dict[Key, float]:
-    if calibrated.machine != base.machine and not force:
-        shared = {name for name in calibrated.machine if name in base.machine}
-        if any(calibrated.machine[name] != base.machine[name] for name in shared):
-            raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
+    if recorded.differences(calibrated.machine, base.machine) and not force:
+        raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
     return dict(calibrated.thresholds)
 
 

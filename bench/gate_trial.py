@@ -23,7 +23,8 @@ from layerfs.bench.compare import compare
 from layerfs.bench.content import Base
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.recorded import Recorded
-from layerfs.bench.scratch import AGAIN, StoreTarget
+from layerfs.bench.scratch import StoreTarget
+from layerfs.bench.target_name import AGAIN
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 

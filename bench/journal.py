@@ -73,7 +73,7 @@ def _entry(sample: Sample) -> dict[str, object]:
         "target": sample.target,
         "workload": sample.workload.label,
         "round": sample.round,
-        "timings": [[*astuple(t)[:4], list(t.latencies.items()), t.processor] for t in sample.timings],
+        "timings": [[*astuple(t)[:4], list(t.latencies.items()), *astuple(t)[5:]] for t in sample.timings],
         "counters": dict(sample.counters),
         "cache": [sample.cache.asked, sample.cache.how, sample.cache.resident] if sample.cache else None,
     }
@@ -81,8 +81,8 @@ def _entry(sample: Sample) -> dict[str, object]:
 
 def _sample(entry: dict[str, Any], work: Workload) -> Sample:
     timings = [
-        Timing(step, seconds, size, count, dict(many), processor)
-        for step, seconds, size, count, many, processor in entry["timings"]
+        Timing(step, seconds, size, count, dict(many), *further)
+        for step, seconds, size, count, many, *further in entry["timings"]
     ]
     cache = entry["cache"]
     reached = Reached(CacheState(cache[0]), cache[1], cache[2]) if cache else None

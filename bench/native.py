@@ -67,6 +67,12 @@ class NativeTarget(Target):
         finally:
             os.close(fd)
 
+    def commit(self, key: str, name: str) -> None:
+        raise NotImplementedError("the native control has no layers")
+
+    def held(self) -> int:
+        raise NotImplementedError("the native control has no layers")
+
     def apply(self, key: str, diff: BinaryIO) -> int:
         raise NotImplementedError("the native control has no layers")
 

@@ -70,13 +70,24 @@ class Recorded:
 
 def read(file: Path) -> Recorded:
     """Read a run file. Raises `InvalidArgument` where it is none, or of a later format."""
+    return parse(document(file), str(file))
+
+
+def document(file: Path) -> Any:
+    """What a JSON file holds. Raises `InvalidArgument` where it is none."""
     try:
-        document = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except OSError as error:
         raise refused(f"reading the run file {str(file)!r}", error, "name one that `layerfs bench` wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{str(file)!r} is not a run file: {error}") from error
-    return parse(document, str(file))
+
+
+def differences(base: Mapping[str, object], head: Mapping[str, object]) -> list[str]:
+    """In what two `Recorded.machine` are not the same, so that figures of the two do not compare."""
+    return [
+        f"{name} {base[name]!r} and {head[name]!r}" for name in sorted({*base} & {*head}) if base[name] != head[name]
+    ]
 
 
 def parse(document: Any, name: str) -> Recorded:

@@ -65,7 +65,21 @@ class Series:
         return together
 
     def counter(self, name: str) -> Interval:
-        return statistics.median([sample.counters[name] for sample in self.samples])
+        return statistics.median([sample.counters[name] for sample in self.samples if name in sample.counters])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Work that could not be measured on a target.
+
+    Attributes:
+        workload: its label; "" where the target itself could not be made.
+        reason: the error's text.
+    """
+
+    target: str
+    workload: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ class Run:
     samples: Sequence[Sample]
     fingerprint: Mapping[str, object]
     warnings: Sequence[str]
+    failures: Sequence[Failure] = ()
 
     def series(self) -> list[Series]:
         """In the order of workloads, then steps, then targets."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from layerfs.bench import calibration, fingerprint
 from layerfs.bench.results import Run, Series
@@ -26,8 +28,12 @@ FORMAT = 1
 _PYTEST_BENCHMARK = "5.1.0"
 
 
-def document(run: Run) -> dict[str, object]:
-    """The run as pytest-benchmark's document; ``layerfs`` beside its own fields has what concerns the whole run."""
+def document(run: Run, more: Mapping[str, object] = MappingProxyType({})) -> dict[str, object]:
+    """The run as pytest-benchmark's document; ``layerfs`` beside its own fields has what concerns the whole run.
+
+    Args:
+        more: further fields of that.
+    """
     return {
         "machine_info": fingerprint.machine_info(),
         "commit_info": fingerprint.commit_info(),
@@ -41,7 +47,9 @@ def document(run: Run) -> dict[str, object]:
             "targets": list(run.targets),
             "fingerprint": run.fingerprint,
             "warnings": list(run.warnings),
+            "failures": [asdict(failure) for failure in run.failures],
             "calibration": calibration.entries(calibration.measured(run)),
+            **more,
         },
     }
 
@@ -100,9 +108,13 @@ def _extra(series: Series) -> dict[str, object]:
         "bytes": [timing.bytes for timing in series.timings],
         "operations": [timing.operations for timing in series.timings],
         "latencies": [[[seconds, number] for seconds, number in sorted(t.latencies.items())] for t in series.timings],
+        **({"courses": courses} if (courses := [[round(at, 6) for at in t.course] for t in series.timings])[0] else {}),
         "processor": series.processor,
         "rounds": [sample.round for sample in series.samples],
-        "counters": {name: [sample.counters[name] for sample in series.samples] for name in first.counters},
+        "counters": {
+            name: [sample.counters[name] for sample in series.samples if name in sample.counters]
+            for name in first.counters
+        },
         "cache": [
             {"asked": c.asked, "how": c.how, "resident": c.resident, "as_asked": c.as_asked}
             for c in (sample.cache for sample in series.samples)

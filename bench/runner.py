@@ -6,19 +6,20 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
 from layerfs.bench import caches, fingerprint, memory
 from layerfs.bench.caches import CacheState, Reached
+from layerfs.bench.content import Base
 from layerfs.bench.fitness import Watch
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
-from layerfs.bench.results import Run, Sample, split
+from layerfs.bench.results import Failure, Run, Sample, split
 from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.statistics import median
 from layerfs.bench.target import Layer, Target
@@ -53,6 +54,9 @@ class Plan:
         precision: half of an interval's width, as a part of the median, that is narrow enough.
         seconds: after which nothing is repeated that has the fewest rounds; None for no limit.
         memory: bytes that this process and its page cache may have; None for no cap.
+        fewest: rounds that every workload gets, where their number is not given.
+        measured_on: by a workload's label, the targets that it is measured on; what is not in it, on all.
+        goes_on: whether work that fails on a target is left out there from then on, instead of ending the run.
     """
 
     targets: Sequence[str]
@@ -65,18 +69,29 @@ class Plan:
     precision: float = 0.05
     seconds: float | None = None
     memory: int | None = None
+    fewest: int = FEWEST_ROUNDS
+    measured_on: Mapping[str, Collection[str]] = field(default_factory=dict)
+    goes_on: bool = False
 
     @property
     def space(self) -> int:
         """Bytes that `place` has to have free: every target's bases, and the largest sample on a full copy."""
-        bases = {work.base.key: work.base.size for work in self.workloads if work.base}
-        largest = max((work.base.size if work.base else 0) + work.writes for work in self.workloads)
-        return len(self.targets) * (sum(bases.values()) + largest + _MARGIN)
+        return sum(map(self._space_of, self.targets))
 
     @property
     def backing_size(self) -> int:
         """Bytes of a backing that is made for one target; roomy, because file systems slow down when they fill up."""
-        return 3 * self.space // len(self.targets)
+        return 3 * max(map(self._space_of, self.targets))
+
+    def wants(self, work: Workload, target: str) -> bool:
+        """Whether the workload is to be measured on the target of that name."""
+        return target in self.measured_on.get(work.label, self.targets)
+
+    def _space_of(self, target: str) -> int:
+        works = [work for work in self.workloads if self.wants(work, target)]
+        bases = {work.base.key: work.base.size for work in works if work.base}
+        largest = max(((work.base.size if work.base else 0) + work.writes for work in works), default=0)
+        return sum(bases.values()) + largest + _MARGIN
 
     @property
     def identity(self) -> dict[str, object]:
@@ -88,6 +103,7 @@ class Plan:
             "filesystem": self.filesystem,
             "memory": self.memory,
             "place": str(self.place),
+            **({"measured on": {k: sorted(v) for k, v in self.measured_on.items()}} if self.measured_on else {}),
         }
 
 
@@ -117,18 +133,44 @@ def run(
         for work in plan.workloads:
             with interrupts.allowed():
                 work.prepare(scratch.shared)
-        targets = [scratch.target(name, plan.filesystem, plan.backing_size) for name in plan.targets]
-        _build(plan, targets, progress)
+        failed = _Failed(plan.goes_on)
+        targets = []
+        for name in plan.targets:
+            with failed.noted(name):
+                targets.append(scratch.target(name, plan.filesystem, plan.backing_size))
+        _build(plan, targets, failed, progress)
         samples = list(earlier)
-        for sample in _samples(plan, targets, scratch.shared, interrupts, progress, earlier):
+        for sample in _samples(plan, targets, scratch.shared, interrupts, progress, earlier, failed):
             samples.append(sample)
             if journal:
                 journal.add(sample)
         facts = fingerprint.take(plan.place, {target.name: target.facts() for target in targets})
+    samples = [sample for sample in samples if not failed.has(sample.workload, sample.target)]
     notes = [*watch.notes(), *_cache_notes(samples)]
     if earlier:
         notes.append(f"the run was stopped and went on: {len(earlier)} of its {len(samples)} samples are older")
-    return Run(started, plan.size, plan.seed, plan.targets, samples, facts, notes)
+    return Run(started, plan.size, plan.seed, plan.targets, samples, facts, notes, failed.failures)
+
+
+class _Failed:
+    """What failed on which target, and is left out there. Without ``goes_on`` it lets every error pass."""
+
+    def __init__(self, goes_on: bool) -> None:
+        self._goes_on = goes_on
+        self.failures: list[Failure] = []
+
+    @contextmanager
+    def noted(self, target: str, *works: Workload) -> Iterator[None]:
+        """Note what the body raises as the failure of these workloads there; of all, where none is named."""
+        try:
+            yield
+        except LayerfsError as error:
+            if not self._goes_on:
+                raise
+            self.failures += [Failure(target, label, str(error)) for label in [work.label for work in works] or [""]]
+
+    def has(self, work: Workload, target: str) -> bool:
+        return any(failure.target == target and failure.workload in ("", work.label) for failure in self.failures)
 
 
 def _check(plan: Plan) -> None:
@@ -151,16 +193,20 @@ def _check(plan: Plan) -> None:
         )
 
 
-def _build(plan: Plan, targets: Sequence[Target], progress: Progress) -> None:
+def _build(plan: Plan, targets: Sequence[Target], failed: _Failed, progress: Progress) -> None:
     for target in targets:
-        bases = {work.base.key: work.base for work in plan.workloads if work.base and _measures(target, work)}
-        for base in bases.values():
+        bases: dict[str, tuple[Base, list[Workload]]] = {}
+        for work in plan.workloads:
+            if work.base and _measures(plan, target, work):
+                bases.setdefault(work.base.key, (work.base, []))[1].append(work)
+        for base, works in bases.values():
             progress(f"base layer on {target.name}", 0.0)
-            target.build(base)
+            with failed.noted(target.name, *works):
+                target.build(base)
 
 
-def _measures(target: Target, work: Workload) -> bool:
-    return target.has_layers or not work.about_layers
+def _measures(plan: Plan, target: Target, work: Workload) -> bool:
+    return (target.has_layers or not work.about_layers) and plan.wants(work, target.name)
 
 
 def _samples(
@@ -170,6 +216,7 @@ def _samples(
     interrupts: Interrupts,
     progress: Progress,
     earlier: Sequence[Sample],
+    failed: _Failed,
 ) -> Iterator[Sample]:
     """Rounds of blocks: a block is one workload on every target, close in time, so that slow drifts hit all alike."""
     order = random.Random(plan.seed)  # noqa: S311
@@ -181,18 +228,24 @@ def _samples(
     for number in range(plan.rounds or MOST_ROUNDS):
         for work in order.sample(active, len(active)):
             done = {sample.target for sample in taken[work.label] if sample.round == number}
-            block = [target for target in targets if _measures(target, work) and target.name not in done]
-            if number >= FEWEST_ROUNDS and not clock.has_time_for(work):
+            block = [
+                target
+                for target in targets
+                if _measures(plan, target, work) and target.name not in done and not failed.has(work, target.name)
+            ]
+            if number >= plan.fewest and not clock.has_time_for(work):
                 active.remove(work)
                 continue
             with clock.measuring(work):
                 for target in order.sample(block, len(block)):
                     progress(f"round {number + 1}: {work.label} on {target.name}", clock.part(number, active))
-                    sample = _sample(work, target, number, shared, interrupts)
-                    taken[work.label].append(sample)
-                    yield sample
+                    with failed.noted(target.name, work):
+                        sample = _sample(work, target, number, shared, interrupts)
+                        taken[work.label].append(sample)
+                        yield sample
         if plan.rounds is None:
-            active = [work for work in active if not _is_precise(taken[work.label], plan.precision)]
+            kept = {w.label: [s for s in taken[w.label] if not failed.has(w, s.target)] for w in active}
+            active = [work for work in active if not _is_precise(kept[work.label], plan.precision)]
         if not active:
             return
 
@@ -219,18 +272,15 @@ class _Clock:
 
     def part(self, number: int, active: Sequence[Workload]) -> float:
         """Of the whole that is done, as far as it can be told: 0 to 1."""
-        if self._plan.rounds is None and self._plan.seconds is not None and number >= FEWEST_ROUNDS:
+        if self._plan.rounds is None and self._plan.seconds is not None and number >= self._plan.fewest:
             return min(1.0, (time.monotonic() - self._begin) / self._plan.seconds)
         blocks = sum(map(len, self._blocks.values()))
         return min(1.0, blocks / max(1, len(active)) / (self._plan.rounds or _JUDGED_FROM))
 
 
 def _is_precise(samples: Sequence[Sample], precision: float) -> bool:
-    """Whether every interval of the workload is narrow enough."""
-    series = split(samples)
-    return bool(series) and all(
-        len(one.seconds) >= _JUDGED_FROM and median(one.seconds).spread <= precision for one in series
-    )
+    """Whether every interval of the workload is narrow enough; so is what is measured nowhere."""
+    return all(len(one.seconds) >= _JUDGED_FROM and median(one.seconds).spread <= precision for one in split(samples))
 
 
 def _sample(work: Workload, target: Target, number: int, shared: Path, interrupts: Interrupts) -> Sample:
@@ -239,7 +289,7 @@ def _sample(work: Workload, target: Target, number: int, shared: Path, interrupt
             try:
                 with interrupts.allowed():
                     work.set_up(layer)
-                    reached = _settled(work, layer)
+                    reached = settle(work, layer)
                     timings = work.measure(layer)
                 return Sample(target.name, work, number, timings, work.counters(layer), reached)
             finally:
@@ -251,7 +301,7 @@ def _sample(work: Workload, target: Target, number: int, shared: Path, interrupt
         raise LayerfsError(f"measuring {work.label} on {target.name}: {error.strerror or error}") from error
 
 
-def _settled(work: Workload, layer: Layer) -> Reached | None:
+def settle(work: Workload, layer: Layer) -> Reached | None:
     """Nothing is left to be written, and the file that is read is in the cache state that the workload names."""
     caches.write_back(*([layer.tree] if layer.tree else []), layer.shared)
     if work.cache is CacheState.ANY:

@@ -12,26 +12,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Self
 
-from layerfs import mounts
+from layerfs import mounts, registry
 from layerfs.backing import DIRECTORY, Backing, BackingSpec
+from layerfs.bench import target_name
 from layerfs.bench.caches import write_back
 from layerfs.bench.content import Base
 from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE, NativeTarget
 from layerfs.bench.target import Target
-from layerfs.errors import NotFound, refused
+from layerfs.errors import FailedPrecondition, NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
+from layerfs.walk import disk_usage
 
 _PREFIX = "layerfs-bench-"
-AGAIN = " again"
-"""Ends the name of a calibration's second target with the same driver."""
-
-
-def driver_of(target: str) -> str:
-    """The driver that a target's name begins with."""
-    return target.partition(" ")[0]
 
 
 class Scratch:
@@ -72,24 +67,28 @@ class Scratch:
     def target(self, name: str, filesystem: str | None, size: int) -> Target:
         """A new store, on a backing of ``filesystem`` (None: what the driver takes) of ``size``.
 
-        Its driver is the one that ``name`` begins with, or none for `NATIVE`; a calibration has two of one driver.
+        Driver, options and a backing of its own are in the ``name`` (`layerfs.bench.target_name`). A driver that works
+        on no plain file system keeps its own kind of backing, whatever ``filesystem`` is for the others.
         """
-        driver = driver_of(name)
+        driver, own, options = target_name.parse(name)
         if driver == NATIVE:
-            return self._native(name, filesystem, size)
+            return self._native(name, own or filesystem, size)
+        if own is None and not _stands_on(driver, filesystem):
+            filesystem = None
         backing = None
-        if filesystem:
-            backing = BackingSpec(filesystem, size=None if filesystem == DIRECTORY else size)
-        store = Store(self.root / name.replace(" ", "-"), driver, backing=backing)
+        if kind := own or filesystem:
+            backing = BackingSpec(kind, size=None if kind == DIRECTORY else size)
+        store = Store(self.root / name.replace(" ", "-"), driver, options=options, backing=backing)
         self._leaving.callback(store.close)
         self._leaving.callback(_empty, store)
         return self._kinds.get(name, StoreTarget)(name, store, self._interrupts)
 
     def _native(self, name: str, filesystem: str | None, size: int) -> NativeTarget:
+        place = self.root / name.replace(" ", "-")
         if filesystem in (None, DIRECTORY):
-            return NativeTarget(name, self.root / name)
-        backing = Backing.create(self.root / name, BackingSpec(filesystem, size=size))
-        self._leaving.callback(backing.destroy)
+            return NativeTarget(name, place)
+        backing = Backing.create(place, BackingSpec(filesystem, size=size))
+        self._leaving.callback(_destroy, backing)
         backing.up()
         return NativeTarget(name, backing.path)
 
@@ -143,6 +142,16 @@ class StoreTarget(Target):
             write_back(self._store.driver.root)  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
 
+    def commit(self, key: str, name: str) -> None:
+        with self._interrupts.held():
+            self._store.commit(name, key)
+
+    def held(self) -> int:
+        with self._interrupts.held():
+            write_back(self._store.driver.root)
+            write_back(self._store.root)
+            return _allocated(self._store.root)
+
     def apply(self, key: str, diff: BinaryIO) -> int:
         with self._interrupts.held():
             return self._store.apply(key, diff).size
@@ -160,6 +169,27 @@ class StoreTarget(Target):
             "status": driver.status(),
             "backing": storage(driver.root),
         }
+
+
+def _stands_on(driver: str, filesystem: str | None) -> bool:
+    """Whether the run's common kind of backing is one that the driver works on."""
+    needed = registry.load(driver).needs.filesystems
+    return filesystem is None or not needed or filesystem in needed
+
+
+def _destroy(backing: Backing) -> None:
+    """Take a backing away. One that a mount namespace made meanwhile still shows goes when that does, as stores' do."""
+    with contextlib.suppress(FailedPrecondition):
+        backing.destroy()
+
+
+def _allocated(root: Path) -> int:
+    """Bytes that a directory holds on its own file system, without what is mounted in it."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return disk_usage(fd).size
+    finally:
+        os.close(fd)
 
 
 def _empty(store: Store) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _RESAMPLES = 2000
@@ -40,6 +41,17 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> Interval:
     source = random.Random(_SEED)  # noqa: S311
     estimates = [_resampled(samples, source) / _resampled(reference, source) for _ in range(_RESAMPLES)]
     return _interval(statistics.median(samples) / statistics.median(reference), estimates)
+
+
+def mean_ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], weights: Sequence[float]) -> Interval:
+    """The geometric mean of several such ratios, of samples to their reference each; ``weights`` sum to one."""
+    source = random.Random(_SEED)  # noqa: S311
+
+    def mean(estimate: Callable[[Sequence[float]], float]) -> float:
+        parts = zip(pairs, weights, strict=True)
+        return math.exp(sum(weight * math.log(estimate(one) / estimate(other)) for (one, other), weight in parts))
+
+    return _interval(mean(statistics.median), [mean(lambda some: _resampled(some, source)) for _ in range(_RESAMPLES)])
 
 
 def difference(samples: Sequence[float], reference: Sequence[float]) -> float:

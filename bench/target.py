@@ -79,6 +79,14 @@ class Target(ABC):
         """Bytes that a layer alone has on the backing, once all is written back."""
 
     @abstractmethod
+    def commit(self, key: str, name: str) -> None:
+        """Finish a layer, which may be mounted, as the parent ``name`` of others."""
+
+    @abstractmethod
+    def held(self) -> int:
+        """Bytes of the disk that everything on this target holds, with what its backing has not given back."""
+
+    @abstractmethod
     def apply(self, key: str, diff: BinaryIO) -> int:
         """Apply a layer tar to an unmounted layer; its size in bytes."""
 

@@ -55,13 +55,13 @@ def markdown(comparison: Comparison) -> str:
         "| figure | base | head | difference | verdict |",
         "|---|--:|--:|--:|---|",
     ]
-    foot = ["", _explanation(comparison), *(f"- {_plain(warning)}" for warning in comparison.warnings)]
+    foot = ["", _explanation(comparison), *(f"- {plain(warning)}" for warning in comparison.warnings)]
     size = sum(len(line.encode()) + 1 for line in (*top, *foot))
     rows: list[str] = []
     changes = _ordered(comparison)
     for change in changes:
         cells = [*_cells(change)[:-1], _MARKS[change.verdict]]
-        row = "| " + " | ".join(map(_plain, cells)) + " |"
+        row = "| " + " | ".join(map(plain, cells)) + " |"
         size += len(row.encode()) + 1
         if size > MARKDOWN_LIMIT:
             rows.append(f"| … {len(changes) - len(rows)} more, none of them worse than these | | | | |")
@@ -142,7 +142,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Nothing in it can act as Markdown or HTML in a table's cell."""
     return "".join(f"\\{c}" if c in "\\|`*_<>[]" else c for c in " ".join(text.split()))
 

@@ -37,6 +37,7 @@ class Timing:
         latencies: seconds of single operations and how often each occurred, as far as they were recorded.
         processor: seconds of processor time, in the kernel and outside, that the process which did it used; 0 where
             nobody knows. It does not grow with waiting, and so tells more work from a busy machine.
+        course: seconds from the step's beginning at which each of its operations was done, where that is of interest.
     """
 
     step: str
@@ -45,6 +46,7 @@ class Timing:
     operations: int = 0
     latencies: Mapping[float, int] = field(default_factory=dict)
     processor: float = 0.0
+    course: Sequence[float] = ()
 
 
 class Stopwatch:
@@ -58,6 +60,11 @@ class Stopwatch:
         seconds, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
         self._restart()
         return Timing(step, seconds, processor=processor, **figures)
+
+    @property
+    def so_far(self) -> float:
+        """Seconds since the last lap."""
+        return time.perf_counter() - self._wall
 
     def _restart(self) -> None:
         self._processor, self._wall = time.process_time(), time.perf_counter()
@@ -155,7 +162,7 @@ class Workload(ABC):
     def variant(self) -> list[str]:
         """The values of swept parameters, for people; a size or a block as ``4K``."""
         values = [(name, getattr(self, name)) for name in self.swept]
-        return [_short(value) if name in ("size", "block", "memory") else str(value) for name, value in values]
+        return [_shown(name, value) for name, value in values]
 
     @property
     def label(self) -> str:
@@ -194,6 +201,12 @@ def _variants(kind: type[Workload], sizes: Sequence[int], seed: int, *, full: bo
         given: dict[str, Any] = {"size": sizes[0], **dict(zip(sweep, values, strict=True))}
         made.append(kind(seed=seed, swept=tuple(sweep), **given))
     return [work for work in made if work.fits]
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return _short(value) if name in ("size", "block", "memory") else str(value)
 
 
 def _short(value: int) -> str:

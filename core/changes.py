@@ -16,17 +16,18 @@ The rule:
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from operator import attrgetter
 from typing import Final, NamedTuple
 
 from layerfs import xattrs
-from layerfs.beneath import directory, names
+from layerfs.beneath import Directories, directory, names
 from layerfs.driver import Change, ChangeKind
 from layerfs.errors import refused
 
@@ -56,7 +57,7 @@ def compare(
     Raises `LayerfsError`, naming the path that could not be read.
     """
     if old is None:
-        return _walk([Change(_ADDED, b""), _Visit(partial(_added, new, None), b"")])
+        return itertools.chain([Change(_ADDED, b"")], _added(new, None, b""))
     return _Comparison(old, new, unchanged, unchanged_attributes).changes()
 
 
@@ -238,7 +239,7 @@ class _Comparison:
             yield Change(_MODIFIED, path)
             self._gone(path, was)
         if is_directory:
-            yield _Visit(partial(_added, self._new, self._links), path)
+            yield from _added(self._new, self._links, path)
         elif now.st_nlink > 1:
             self._links.add(path, None, now, changed=True)
 
@@ -285,7 +286,7 @@ class _Guided(_Comparison):
         """Other names of what is gone may be anywhere, and have changed with it."""
         if stat.S_ISDIR(was.st_mode):
             links = _Links()
-            for _ in _walk([_Visit(partial(_added, self._old, links), path)]):
+            for _ in _added(self._old, links, path):
                 pass  # only its links matter
             if links.complete():
                 return
@@ -366,15 +367,26 @@ class _GuidedByUpper(_Guided):
         return held
 
 
-def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]:
-    """A directory that only the tree ``new`` has."""
-    items: list[Change | _Visit] = []
+def _added(new: int, links: _Links | None, path: bytes) -> Iterator[Change]:
+    """All that is in a directory which only the tree ``new`` has."""
+    with contextlib.closing(Directories(new)) as directories:
+        todo = _content(directories, path, links)
+        while todo:
+            path, is_directory = todo.pop()
+            yield Change(_ADDED, path)
+            if is_directory:
+                todo += _content(directories, path, links)
+
+
+def _content(directories: Directories, path: bytes, links: _Links | None) -> list[tuple[bytes, bool]]:
+    """The paths in a directory, the last one first, and whether each is a directory; its files' ``links`` are noted."""
+    content = []
     prefix = path and path + b"/"
-    with _reported(path), directory(new, path) as fd, os.scandir(b"/proc/self/fd/%d" % fd) as found:
-        for entry in sorted(found, key=attrgetter("name")):
+    with _reported(path), os.scandir(b"/proc/self/fd/%d" % directories.enter(path)) as found:
+        for entry in sorted(found, key=attrgetter("name"), reverse=True):
             below = prefix + entry.name
             if entry.is_dir(follow_symlinks=False):
-                items += (Change(_ADDED, below), _Visit(partial(_added, new, links), below))
+                content.append((below, True))
                 continue
             if links is not None or not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
                 status = entry.stat(follow_symlinks=False)
@@ -382,8 +394,8 @@ def _added(new: int, links: _Links | None, path: bytes) -> list[Change | _Visit]
                     continue
                 if links is not None and status.st_nlink > 1:
                     links.add(below, None, status, changed=True)
-            items.append(Change(_ADDED, below))
-    return items
+            content.append((below, False))
+    return content
 
 
 def _numbered(dir_fd: int) -> set[tuple[bytes, int]]:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import BinaryIO, Final, Self
 
 from layerfs import xattrs
-from layerfs.beneath import open_directory
+from layerfs.beneath import Directories
 from layerfs.driver import Change, ChangeKind
 from layerfs.errors import FailedPrecondition, refused
 from layerfs.record import RecordWriter
@@ -30,6 +29,7 @@ from layerfs.tar.writer import SizeChanged, TarWriter, header
 
 _WHITEOUT: Final = b".wh."
 _ROOT_NAME: Final = b"./"
+_DELETED: Final = ChangeKind.DELETED
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -92,7 +92,7 @@ def _in_order(changes: Iterable[Change]) -> Iterator[tuple[bool, bytes]]:
     They are sorted by path with NULs as separators, which no byte of a name comes before; one more NUL stands before
     the name of what was deleted. That form is all that is held in memory.
     """
-    keys = [_key(change) for change in changes]
+    keys = [_deleted(path) if kind is _DELETED else path.replace(b"/", b"\0") for kind, path in changes]
     keys.sort()
     for key in keys:
         above, _, name = key.rpartition(b"\0")
@@ -102,11 +102,8 @@ def _in_order(changes: Iterable[Change]) -> Iterator[tuple[bool, bytes]]:
             yield False, key.replace(b"\0", b"/")
 
 
-def _key(change: Change) -> bytes:
-    key = change.path.replace(b"/", b"\0")
-    if change.kind is not ChangeKind.DELETED:
-        return key
-    above, separator, name = key.rpartition(b"\0")
+def _deleted(path: bytes) -> bytes:
+    above, separator, name = path.replace(b"/", b"\0").rpartition(b"\0")
     return above + separator + b"\0" + name
 
 
@@ -115,20 +112,19 @@ class _Entries:
 
     def __init__(self, tree: int, tar: TarWriter, source_date_epoch: int | None, contents: bool) -> None:
         self._contents = contents
-        self._tree = tree
+        self._directories = Directories(tree)
         self._tar = tar
         self._latest = None if source_date_epoch is None else source_date_epoch * 1_000_000_000
         self._written: list[bytes] = [b""]
         """The directories on the way to the last entry, which have entries themselves."""
         self._links: dict[tuple[int, int], bytes] = {}
-        self._directory: tuple[bytes, int] | None = None
         self.count = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        self._directories.close()
 
     def add(self, path: bytes, *, deleted: bool) -> None:
         parent, _, name = path.rpartition(b"/")
@@ -140,7 +136,7 @@ class _Entries:
         try:
             if deleted:
                 prefix = parent and parent + b"/"
-                self._put(0, 0, 0, 0, {}, prefix + _WHITEOUT + name, types.REGULAR)
+                self._put(header(prefix + _WHITEOUT + name, types.REGULAR, 0, 0, 0, 0, {}))
             else:
                 self._add(path, parent, name)
         except SizeChanged:
@@ -162,7 +158,7 @@ class _Entries:
             self.add(path if end < 0 else path[:end], deleted=False)
 
     def _add(self, path: bytes, parent: bytes, name: bytes) -> None:
-        dir_fd = self._enter(parent)
+        dir_fd = self._directories.enter(parent)
         status = os.stat(name or b".", dir_fd=dir_fd, follow_symlinks=False)
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFSOCK:
@@ -170,67 +166,39 @@ class _Entries:
         mtime = status.st_mtime_ns
         if self._latest is not None and mtime > self._latest:
             mtime = self._latest
-        put = partial(self._put, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, mtime)
+        common = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, mtime
         if status.st_nlink > 1 and kind != stat.S_IFDIR:
             first = self._links.setdefault((status.st_dev, status.st_ino), path)
             if first is not path:
-                put(_attributes(dir_fd, name), path, types.LINK, link=first)
+                self._put(header(path, types.LINK, *common, _attributes(dir_fd, name), link=first))
                 return
         if kind == stat.S_IFREG and status.st_size:
-            self._put_file(put, path, dir_fd, name, status.st_size)
+            fd = os.open(name, _READ, dir_fd=dir_fd)
+            try:
+                self._put(header(path, types.REGULAR, *common, xattrs.read(fd), size=status.st_size))
+                if self._contents:
+                    self._tar.payload(fd, status.st_size, path)
+            finally:
+                os.close(fd)
             return
-        put = partial(put, _attributes(dir_fd, name))
+        own = (*common, _attributes(dir_fd, name))
         if kind == stat.S_IFDIR:
             if path:
                 self._written.append(path)
-            put(path + b"/" if path else _ROOT_NAME, types.DIRECTORY)
+            self._put(header(path + b"/" if path else _ROOT_NAME, types.DIRECTORY, *own))
         elif kind == stat.S_IFREG:
-            put(path, types.REGULAR)
+            self._put(header(path, types.REGULAR, *own))
         elif kind == stat.S_IFLNK:
-            put(path, types.SYMLINK, link=os.readlink(name, dir_fd=dir_fd))
+            self._put(header(path, types.SYMLINK, *own, link=os.readlink(name, dir_fd=dir_fd)))
         elif kind == stat.S_IFIFO:
-            put(path, types.FIFO)
+            self._put(header(path, types.FIFO, *own))
         else:
             device = os.major(status.st_rdev), os.minor(status.st_rdev)
-            put(path, types.CHAR if kind == stat.S_IFCHR else types.BLOCK_DEVICE, device=device)
+            self._put(header(path, types.CHAR if kind == stat.S_IFCHR else types.BLOCK_DEVICE, *own, device=device))
 
-    def _put_file(self, put: Callable[..., None], path: bytes, dir_fd: int, name: bytes, size: int) -> None:
-        fd = os.open(name, _READ, dir_fd=dir_fd)
-        try:
-            put(xattrs.read(fd), path, types.REGULAR, size=size)
-            if self._contents:
-                self._tar.payload(fd, size, path)
-        finally:
-            os.close(fd)
-
-    def _put(
-        self,
-        mode: int,
-        uid: int,
-        gid: int,
-        mtime: int,
-        attributes: Mapping[str, bytes],
-        name: bytes,
-        kind: bytes,
-        *,
-        size: int = 0,
-        link: bytes = b"",
-        device: tuple[int, int] = (0, 0),
-    ) -> None:
-        self._tar.header(header(name, kind, mode, uid, gid, mtime, size, link, device, attributes))
+    def _put(self, head: bytes) -> None:
+        self._tar.header(head)
         self.count += 1
-
-    def _enter(self, path: bytes) -> int:
-        """A descriptor for the directory ``path``, which is kept for the next entry."""
-        if self._directory is None or self._directory[0] != path:
-            self._leave()
-            self._directory = path, open_directory(self._tree, path)
-        return self._directory[1]
-
-    def _leave(self) -> None:
-        if self._directory is not None:
-            os.close(self._directory[1])
-            self._directory = None
 
 
 def _attributes(dir_fd: int, name: bytes) -> dict[str, bytes]:

@@ -120,24 +120,24 @@ class ZfsDriver(SnapshotDriver):
     def fork(self, volume: str, source: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         """See `Driver.fork`: a clone of a passing snapshot, which goes over to the clone when the source goes."""
         here, there = self._dataset(volume), self._dataset(source)
-        if here in self._tools.properties([here], ("type",)):
-            return
-        self._write_out(source)
         snapshot = f"{there}@{_FORK}{volume}"
         try:
-            try:
-                self._tried("snapshot", snapshot)
-            except _Exists:  # from a call that was cut short, and older than the source
-                self._tools.patient("destroy", snapshot)
-                self._tools.zfs("snapshot", snapshot)
+            if here not in self._tools.properties([here], ("type",)):
+                self._write_out(source)
+                try:
+                    self._tried("snapshot", snapshot)
+                except _Exists:  # from a call that was cut short, and older than the source
+                    self._tools.patient("destroy", snapshot)
+                    self._tools.zfs("snapshot", snapshot)
+                settings = self._tools.properties([there], ("refquota", _BASE))[there]
+                arguments = ["-o", "canmount=noauto"]
+                for key, value in settings.items():
+                    if value not in ("0", "none", "-"):
+                        arguments += ["-o", f"{key}={value}"]
+                self._make(volume, "clone", *arguments, snapshot, here)
+            self._let_go(snapshot)
         except ZfsRefused as error:
             raise self._failed(f"copying the volume {source!r}", error) from error
-        settings = self._tools.properties([there], ("refquota", _BASE))[there]
-        arguments = ["-o", "canmount=noauto"]
-        for key, value in settings.items():
-            if value not in ("0", "none", "-"):
-                arguments += ["-o", f"{key}={value}"]
-        self._make(volume, "clone", *arguments, snapshot, here)
 
     def seal(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
         place = self._dataset(volume)
@@ -147,7 +147,6 @@ class ZfsDriver(SnapshotDriver):
                 self._tools.zfs("set", "readonly=on", place)
             with contextlib.suppress(_Exists):
                 self._tried("snapshot", self._snapshot(volume))
-            self._drop_forks(place)
         except ZfsRefused as error:
             raise self._failed(f"sealing the volume {volume!r}", error) from error
 
@@ -156,15 +155,17 @@ class ZfsDriver(SnapshotDriver):
         self._tools.settled()
         self._hide(volume)
         try:
-            for clone in self._forks_of(place):
+            origin, forks = self._relations(place)
+            for clone in forks:
                 self._tools.patient("promote", clone)
-                self._drop_forks(clone)
             self._tools.patient("destroy", "-r", place)
+            if f"@{_FORK}" in origin:
+                self._let_go(origin)
         except ZfsRefused as error:
             if not error.missing:
                 raise self._failed(f"removing the volume {volume!r}", error) from error
         if self._in_user_space:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # zfs(8) has done it, or it is covered by something
                 self.tree_path(volume).rmdir()
 
     def mounts(self, volume: str, parents: Sequence[str], *, read_only: bool = False) -> list[Mount]:
@@ -308,26 +309,25 @@ class ZfsDriver(SnapshotDriver):
             if "successfully created" not in error.words:  # "…, but not mounted"
                 raise
 
-    def _forks_of(self, place: str) -> Iterator[str]:
-        """Datasets that are clones of passing snapshots of ``place``."""
-        text = self._tools.zfs("list", "-H", "-r", "-t", "snapshot", "-o", "name", place)
-        snapshots = {name for name in text.splitlines() if name.startswith(f"{place}@{_FORK}")}
-        if not snapshots:
-            return
-        for line in self._tools.zfs(
-            "list", "-H", "-r", "-t", "filesystem", "-o", "name,origin", self._home
-        ).splitlines():
-            name, origin = line.split("\t")
-            if origin in snapshots:
-                yield name
+    def _relations(self, place: str) -> tuple[str, list[str]]:
+        """The snapshot that a dataset is a clone of, and the clones of its own passing snapshots."""
+        text = self._tools.zfs("list", "-H", "-r", "-t", "filesystem,snapshot", "-o", "name,origin", place)
+        own = dict(line.split("\t") for line in text.splitlines())
+        passing = {name for name in own if name.startswith(f"{place}@{_FORK}")}
+        if not passing:
+            return own[place], []
+        text = self._tools.zfs("list", "-H", "-r", "-t", "filesystem", "-o", "name,origin", self._home)
+        return own[place], [
+            name for name, origin in (line.split("\t") for line in text.splitlines()) if origin in passing
+        ]
 
-    def _drop_forks(self, place: str) -> None:
-        """Delete the passing snapshots of a dataset that no clone needs."""
-        text = self._tools.zfs("list", "-H", "-r", "-t", "snapshot", "-o", "name", place)
-        for name in text.splitlines():
-            if name.startswith(f"{place}@{_FORK}"):
-                with contextlib.suppress(ZfsRefused):  # a clone needs it
-                    self._tools.zfs("destroy", name)
+    def _let_go(self, snapshot: str) -> None:
+        """Have a passing snapshot deleted, as soon as no clone needs it any more."""
+        try:
+            self._tools.zfs("destroy", "-d", snapshot)
+        except ZfsRefused as error:
+            if not error.missing:
+                raise
 
     def _failed(self, step: str, error: ZfsRefused) -> LayerfsError:
         """What to tell the user of a command's refusal."""

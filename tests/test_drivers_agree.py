@@ -1,6 +1,7 @@
-"""The same random operations on every driver that works here, and on a plain directory as the model.
+"""The same random operations on every driver, and on a plain directory as the model.
 
-After each step the trees are equal, and after each commit the changes and the bytes of the diff.
+After each step the trees are equal, and after each commit the changes and the bytes of the diff. What works on this
+kernel is compared here, and all drivers in a guest whose kernel has everything that they need.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ _EPOCH = 1_600_000_000
 Operation = tuple[str, str, str, int]
 
 
-def operations(examples: int) -> st.SearchStrategy[list[Operation]]:
+def operations(most: int, fewest: int = 0) -> st.SearchStrategy[list[Operation]]:
     kinds = [
         *("write", "write", "append", "truncate", "unlink", "mkdir", "mkdir", "rmtree", "rename", "link", "symlink"),
         *("chmod", "chown", "xattr", "fifo", "commit", "fork"),
     ]
     names = st.sampled_from(NAMES)
-    return st.lists(st.tuples(st.sampled_from(kinds), names, names, st.integers(0, 9000)), max_size=examples)
+    return st.lists(
+        st.tuples(st.sampled_from(kinds), names, names, st.integers(0, 9000)), min_size=fewest, max_size=most
+    )
 
 
 def perform(root: Path, operation: Operation, step: int) -> None:
@@ -177,6 +180,10 @@ def usable(root: Path) -> list[str]:
     return [name for name in registry.names() if registry.load(name).probe(root).usable]
 
 
+def all_usable() -> bool:
+    return usable(Path("/var/tmp")) == registry.names()
+
+
 @pytest.fixture(scope="module")
 def candidates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Candidate]]:
     found: dict[str, Candidate] = {}
@@ -221,6 +228,16 @@ def run(candidates: dict[str, Candidate], base: Path, given: list[Operation]) ->
         tree: Tree = read_tree(model.tree)
         for name, candidate in candidates.items():
             assert candidate.bench.tree(candidate.volume) == tree, (name, operation)
+
+
+@pytest.mark.guest("uml", unless=all_usable)
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+@given(given=operations(30, fewest=25))
+def test_all_drivers_on_one_kernel_do_what_a_plain_directory_does(
+    candidates: dict[str, Candidate], tmp_path_factory: pytest.TempPathFactory, given: list[Operation]
+) -> None:
+    assert list(candidates) == registry.names()
+    run(candidates, tmp_path_factory.getbasetemp() / "model", given)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)

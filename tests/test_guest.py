@@ -158,6 +158,13 @@ def test_how_the_command_ended_is_passed_on(launcher: Launcher, command: str, co
     assert launcher("sh", "-c", command).returncode == code
 
 
+def test_a_command_may_be_named_from_the_working_directory(launcher: Launcher) -> None:
+    program = launcher.directory / "program"
+    program.write_text("#!/bin/sh\nexit 5\n")
+    program.chmod(0o755)
+    assert launcher("./program").returncode == 5
+
+
 def test_a_command_that_is_not_there(launcher: Launcher) -> None:
     done = launcher("no-such-command")
     assert done.returncode == 127

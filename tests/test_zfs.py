@@ -44,6 +44,7 @@ def _missing() -> str:
 
 
 pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing() or "-")
+in_kernel = pytest.mark.skipif(zfs_tools.in_user_space(), reason="zfs-fuse has no zfs diff")
 in_user_space = pytest.mark.skipif(not zfs_tools.in_user_space(), reason="OpenZFS has no daemon that could die")
 
 MIB = 1 << 20
@@ -388,6 +389,31 @@ def test_diffs_are_those_of_other_drivers(bench: Workbench, tmp_path: Path) -> N
     (tmp_path / "vfs").mkdir(mode=0o700)
     other = Workbench(VfsDriver(tmp_path / "vfs"))
     assert [build(each) for each in (bench, other)] == [build(other)] * 2
+
+
+@in_kernel
+@pytest.mark.parametrize("sealed", [False, True])
+def test_zfs_diff_says_what_was_written_to(bench: Workbench, sealed: bool) -> None:
+    """And nothing else, which is what makes it quick; whatever the names are made of."""
+    names = [b"with space", b"tab\tand\nline", b"\xff\xfe", b"back\\0040slash", "Ü✓".encode()]
+    base = bench.prepare()
+    with bench.mounted(base) as tree:
+        for name in names:
+            os.mkdir(os.fsencode(tree) + b"/" + name)
+            for inner in (b"same", b"other"):
+                os.close(os.open(os.fsencode(tree) + b"/" + name + b"/" + inner, os.O_CREAT | os.O_WRONLY))
+    bench.seal(base)
+    child = bench.prepare(base)
+    with bench.mounted(child) as tree:
+        for name in names:
+            os.chmod(os.fsencode(tree) + b"/" + name + b"/other", 0o600)
+        (tree / "new").write_bytes(b"x")
+    if sealed:
+        bench.seal(child)
+    assert isinstance(bench.driver, ZfsDriver)
+    assert bench.driver._written_to(child, base) == {b"", b"new", *(name + b"/other" for name in names)}
+    changed = [change.path for change in bench.changes(child)]
+    assert changed == sorted([b"", b"new", *(name + b"/other" for name in names)])
 
 
 def build(bench: Workbench) -> list[bytes]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerfs.bench.content import Base, even_file, even_files
+from layerfs.bench.content import Base, deepened, even_file, even_files
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -28,8 +27,7 @@ class DeepLayers(Workload):
 
     @property
     def base(self) -> Base:
-        base = even_files(self.files, 512, self.seed)
-        return dataclasses.replace(base, key=f"{base.key}-depth-{self.depth}", depth=self.depth)
+        return deepened(even_files(self.files, 512, self.seed), self.depth)
 
     @property
     def writes(self) -> int:

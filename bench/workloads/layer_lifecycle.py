@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
-from layerfs.bench.content import Base, small_files
+from layerfs.bench.content import Base, small_files, write_random
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 
 @dataclass(frozen=True)
 class LayerLifecycle(Workload):
-    """What a container's start and stop cost the storage, over a parent of 500 small files."""
+    """What a container's start and stop cost the storage, over a parent of 500 small files.
+
+    With ``written`` bytes written in each turn, what the store's disk holds in the end beyond what it held at the
+    beginning is counted: space that was not given back.
+    """
 
     name = "layer-lifecycle"
     summary = "make, mount, unmount and remove a layer over a small parent, many times, each step apart"
@@ -24,6 +30,7 @@ class LayerLifecycle(Workload):
     repetitions: int = 20
     files: int = 500
     parent_size: int = 8 << 20
+    written: int = 0
 
     @property
     def base(self) -> Base:
@@ -31,13 +38,17 @@ class LayerLifecycle(Workload):
 
     @property
     def writes(self) -> int:
-        return self.parent_size
+        return self.parent_size + self.repetitions * self.written
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, key = layer.target, self._key(layer)
+        before = target.held() if self.written else 0
+        trees: list[Path] = []
+        write: dict[str, Callable[[], object]] = {"write": lambda: self._write(trees[-1])}
         steps: dict[str, Callable[[], object]] = {
             "create": lambda: target.create(key, self.base),
-            "mount": lambda: target.mount(key),
+            "mount": lambda: trees.append(target.mount(key)),
+            **(write if self.written else {}),
             "unmount": lambda: target.unmount(key),
             "remove": lambda: target.remove(key),
         }
@@ -47,10 +58,20 @@ class LayerLifecycle(Workload):
                 clock = Stopwatch()
                 action()
                 taken[step].append(clock.lap(step))
+        if self.written:
+            self._left[layer.key] = max(0, target.held() - before)
         return [_median(step, timings) for step, timings in taken.items()]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return {"bytes left on disk": self._left.pop(layer.key)} if self.written else {}
 
     def tear_down(self, layer: Layer) -> None:
         layer.target.discard(self._key(layer))
+
+    def _write(self, root: Path) -> None:
+        write_random(root / "written.dat", self.written, self.seed)
+
+    _left: ClassVar[dict[str, int]] = {}
 
     @staticmethod
     def _key(layer: Layer) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench import fio
+from layerfs.bench.caches import CacheState
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
@@ -22,12 +23,13 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class ParallelLight(Workload):
-    """Each task has a layer of its own and updates the same lower file now and then; ideal is operations / rate."""
+    """Each task has a layer of its own and uses the same lower file now and then; ideal is operations / rate.
+
+    ``access`` is ``update`` (open for writing, change a block, fsync) or ``read`` (open for reading, read one).
+    """
 
     name = "parallel-light"
-    summary = (
-        "many layers at a time, each updating a lower layer's file a few times a second: seconds until all are done"
-    )
+    summary = "many layers at a time, each using a lower layer's file a few times a second: seconds until all are done"
     mounted = False
     about_layers = True
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (8, 64)}
@@ -36,6 +38,7 @@ class ParallelLight(Workload):
     operations: int = 20
     rate: int = 10
     most: int = 16 * _MIB
+    access: str = "update"
 
     @property
     def base(self) -> Base:
@@ -50,24 +53,32 @@ class ParallelLight(Workload):
             made = [stack.enter_context(layer.target.fresh(self.base, layer.shared)) for _ in range(self.tasks)]
             with ThreadPoolExecutor(self.tasks) as pool:
                 clock = Stopwatch()
-                firsts = list(pool.map(self._update, [one.path / LOWER_FILE for one in made], range(self.tasks)))
+                firsts = list(pool.map(self._use, [one.path / LOWER_FILE for one in made], range(self.tasks)))
                 whole = clock.lap("all tasks")
-        return [whole, Timing("first update", sorted(firsts)[len(firsts) // 2])]
+        return [whole, Timing(f"first {self.access}", sorted(firsts)[len(firsts) // 2])]
 
-    def _update(self, file: Path, number: int) -> float:
-        """Seconds of the first update, which copies up."""
+    def _use(self, file: Path, number: int) -> float:
+        """Seconds of the first use, in which an update copies up."""
         source = random.Random(self.seed + number)  # noqa: S311
         begin, first = time.perf_counter(), 0.0
         for operation in range(self.operations):
             time.sleep(max(0.0, begin + operation / self.rate - time.perf_counter()))
-            descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                os.pwrite(descriptor, source.randbytes(4096), source.randrange(self.base.size // 4096) * 4096)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            self._operate(file, source)
             first = first or time.perf_counter() - begin
         return first
+
+    def _operate(self, file: Path, source: random.Random) -> None:
+        offset = source.randrange(self.base.size // 4096) * 4096
+        updates = self.access == "update"
+        descriptor = os.open(file, (os.O_RDWR if updates else os.O_RDONLY) | os.O_CLOEXEC)
+        try:
+            if updates:
+                os.pwrite(descriptor, source.randbytes(4096), offset)
+                os.fsync(descriptor)
+            else:
+                os.pread(descriptor, 4096, offset)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -96,3 +107,37 @@ class ParallelHeavy(Workload):
         done = fio.run(file, "randwrite", 4096, share, seed=self.seed, end_fsync=1, overwrite=1, **options)
         figures = {"latencies": done.latencies, "processor": done.processor}
         return [Timing("write", done.seconds, operations=done.operations, **figures)]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ParallelRead(Workload):
+    """All begin at the beginning of the same file, as the processes of one container do that use one data set."""
+
+    name = "parallel-read"
+    summary = "several readers at a time of one file of a lower layer, each all of it, beginning with a cold cache"
+    programs = ("fio",)
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 10, 100)}
+
+    readers: int = 4
+    block: int = _MIB
+
+    @property
+    def base(self) -> Base:
+        return lower_file(self.size, self.seed)
+
+    @property
+    def writes(self) -> int:
+        return 0
+
+    @property
+    def cache(self) -> CacheState:
+        return CacheState.COLD
+
+    @property
+    def reads(self) -> str:
+        return LOWER_FILE
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        file = layer.path / LOWER_FILE
+        done = fio.run(file, "read", self.block, self.size, seed=self.seed, numjobs=self.readers)
+        return [Timing("read", done.seconds, bytes=done.bytes, processor=done.processor)]

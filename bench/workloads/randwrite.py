@@ -25,6 +25,7 @@ class Randwrite(Workload):
 
     block: int = 4096
     part: int = 32
+    fsync: bool = True
 
     @property
     def base(self) -> Base:
@@ -42,7 +43,7 @@ class Randwrite(Workload):
             self.size,
             seed=self.seed,
             io_size=amount,
-            end_fsync=1,
+            end_fsync=int(self.fsync),
             overwrite=1,
             allow_file_create=0,
         )

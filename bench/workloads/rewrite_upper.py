@@ -18,13 +18,14 @@ class RewriteUpper(Workload):
     programs = ("fio",)
 
     block: int = 1 << 20
+    fsync: bool = True
 
     def set_up(self, layer: Layer) -> None:
         fio.run(layer.path / "own.dat", "write", 1 << 20, self.size, seed=self.seed + 1, end_fsync=1)
 
     def measure(self, layer: Layer) -> list[Timing]:
         file = layer.path / "own.dat"
-        done = fio.run(file, "write", self.block, self.size, seed=self.seed, end_fsync=1, overwrite=1)
+        done = fio.run(file, "write", self.block, self.size, seed=self.seed, end_fsync=int(self.fsync), overwrite=1)
         return [Timing("rewrite", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
 
     def counters(self, layer: Layer) -> dict[str, int]:

@@ -38,12 +38,17 @@ _TOPICS: dict[str, tuple[click.Command, ...]] = {
 }
 
 # Imported only when they are called, because what they need is slow to import; with their lines for the help.
-_LATE = {
+_BENCHMARK = {
     "bench": ("layerfs.bench.cli:bench", "Measure drivers on this machine and compare them."),
-    "compare": ("layerfs.bench.gate:compare_command", "Compare two of its runs."),
+    "report": ("layerfs.bench.report.cli:report", "Show its runs, with pictures."),
+    "claims": ("layerfs.bench.claims.cli:claims", "Test what others have claimed of drivers."),
+    "advise": ("layerfs.bench.advise.cli:advise", "Say which driver suits a work, by what was measured."),
+    "compare": ("layerfs.bench.gate:compare_command", "Compare two runs."),
     "gate": ("layerfs.bench.gate:gate", "Fail where a new version is slower or does more."),
-    "guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel."),
+    "history": ("layerfs.bench.history:history_command", "Show how the figures went over many runs."),
 }
+_OTHER = {"guest": ("layerfs.cli.guest:guest", "Run a command in a guest kernel.")}
+_LATE = {**_BENCHMARK, **_OTHER}
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -94,10 +99,10 @@ class Program(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
-        late = [(name, text) for name, (_, text) in _LATE.items()]
+        benchmark, other = ([(name, text) for name, (_, text) in late.items()] for late in (_BENCHMARK, _OTHER))
         topics = {title: [(str(c.name), c.get_short_help_str(64)) for c in group] for title, group in _TOPICS.items()}
         shells = [(str(shell.completion.name), shell.completion.get_short_help_str(64))]
-        for title, rows in {**topics, "Other": [*late, *shells]}.items():
+        for title, rows in {**topics, "Benchmark": benchmark, "Other": [*other, *shells]}.items():
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=12)
 

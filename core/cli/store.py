@@ -104,9 +104,12 @@ def check(repair: bool, as_json: bool) -> None:
     """
     with open_store() as store, step_progress() as progress:
         found = store.check(repair=repair, progress=progress)
+        layers = sum(1 for _ in store.list())
     if as_json:
         print_json([asdict(one) for one in found])
-    elif found:
+    elif not found:
+        click.echo(f"{layers} {'layer' if layers == 1 else 'layers'} checked, nothing is wrong", err=True)
+    else:
         print_table(("problem", "of", "what", "outcome"), [(f.kind, f.name, f.what, _outcome(f)) for f in found])
     left = sum(not one.repaired for one in found)
     if left:

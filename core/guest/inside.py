@@ -70,14 +70,14 @@ def _run(job: dict[str, Any]) -> None:
 def _status(job: dict[str, Any], ends: list[int], control: int) -> int:
     """Start the command, and wait for it and for every orphan."""
     environment = job["environment"]
-    program = shutil.which(job["command"][0], path=environment.get("PATH", os.defpath))
     try:
+        os.chdir(job["directory"])  # where a relative path to the command begins
+        program = shutil.which(job["command"][0], path=environment.get("PATH", os.defpath))
         if program is None:
             raise FileNotFoundError(2, os.strerror(2))
         child = subprocess.Popen(
             job["command"],
             executable=program,
-            cwd=job["directory"],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=ends[0],

@@ -270,7 +270,9 @@ def _call(
 def _control() -> Iterator[int]:
     try:
         fd = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):  # no node, or one of another kernel
+            raise
         _make_control()
         fd = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -285,6 +287,7 @@ def _make_control() -> None:
         minor, _, driver = line.strip().partition(" ")
         if driver == "device-mapper":
             FOLDER.mkdir(mode=0o755, exist_ok=True)
+            CONTROL.unlink(missing_ok=True)
             with contextlib.suppress(FileExistsError):
                 os.mknod(CONTROL, stat.S_IFCHR | 0o600, os.makedev(10, int(minor)))
             return

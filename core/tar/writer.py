@@ -7,6 +7,8 @@ too small. Names go as the bytes that they are. A thread computes the archive's 
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -26,8 +28,8 @@ from layerfs.errors import refused
 from layerfs.record import RecordWriter
 from layerfs.tar.header import BLOCK, ZEROS
 
-_CHUNK: Final = 1 << 18
-"""Bytes handed on at once: small enough to stay in a core's cache between reading, hashing and writing."""
+_CHUNK: Final = 1 << 20
+"""Bytes handed on at once: each time costs the threads a turn of the interpreter's lock."""
 _CHUNKS: Final = 8
 
 _NAME_SIZE: Final = 100
@@ -35,12 +37,12 @@ _PREFIX_SIZE: Final = 155
 _LARGEST_ID: Final = 0o7777777
 _LARGEST_SIZE: Final = 0o77777777777
 
-# name, mode+uid+gid, size+mtime, checksum, kind, link, magic+version, uname+gname, major+minor, prefix
-_FIELDS: Final = struct.Struct("100s24s24s8s1s100s8s64s16s167s")
+# kind, link, magic+version, uname+gname, major+minor, prefix
+_TAIL: Final = struct.Struct("1s100s8s64s16s167s")
 _MAGIC: Final = b"ustar\x0000"
 _NO_DEVICE: Final = b"0000000\x000000000\0"
-_BLANKS: Final = b" " * 8
-_CHECKSUM_AT: Final = 148
+_BLANKS: Final = 8 * ord(" ")
+"""What the checksum's own field counts as."""
 _EXTENDED_NAME: Final = b"././@PaxHeader"
 
 
@@ -55,10 +57,11 @@ def header(
     uid: int,
     gid: int,
     mtime: int,
-    size: int,
-    link: bytes,
-    device: tuple[int, int],
     xattrs: Mapping[str, bytes],
+    *,
+    size: int = 0,
+    link: bytes = b"",
+    device: tuple[int, int] = (0, 0),
 ) -> bytes:
     """The header of an entry, with the extended header in front where it needs one.
 
@@ -66,10 +69,10 @@ def header(
         kind: type flag, see `layerfs.tar.header`.
         mode: permission bits with setuid, setgid and sticky.
         mtime: nanoseconds since the epoch.
+        xattrs: extended attributes by name.
         size: bytes of payload that follow.
         link: target of a hard or symbolic link.
         device: major and minor number.
-        xattrs: extended attributes by name.
     """
     extended: dict[bytes, bytes] = {}
     prefix, short = b"", name
@@ -94,7 +97,8 @@ def header(
         seconds = min(max(seconds, 0), _LARGEST_SIZE)
     if xattrs:
         extended.update(_attribute(key, value) for key, value in xattrs.items())
-    block = _block(short, _owner(mode, uid, gid), size, seconds, kind, link, device, prefix)
+    rest = _rest(kind, link, device, prefix) if link or prefix or device != (0, 0) else _plain_rest(kind)
+    block = _block(short, _owner(mode, uid, gid), size, seconds, rest)
     return _extension(extended) + block if extended else block
 
 
@@ -123,7 +127,7 @@ def _attribute(key: str, value: bytes) -> tuple[bytes, bytes]:
 
 def _extension(records: Mapping[bytes, bytes]) -> bytes:
     data = b"".join(_record(key, records[key]) for key in sorted(records))
-    head = _block(_EXTENDED_NAME, _owner(0, 0, 0), len(data), 0, b"x")
+    head = _block(_EXTENDED_NAME, _owner(0, 0, 0), len(data), 0, _plain_rest(b"x"))
     return head + data + bytes(-len(data) % BLOCK)
 
 
@@ -141,22 +145,28 @@ def _owner(mode: int, uid: int, gid: int) -> bytes:
     return b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
 
 
-def _block(
-    name: bytes,
-    owner: bytes,
-    size: int,
-    seconds: int,
-    kind: bytes,
-    link: bytes = b"",
-    device: tuple[int, int] = (0, 0),
-    prefix: bytes = b"",
-) -> bytes:
-    numbers = b"%011o\0%011o\0" % (size, seconds)
+def _rest(kind: bytes, link: bytes, device: tuple[int, int], prefix: bytes) -> tuple[bytes, int]:
+    """The fields after the checksum, and what they add to it."""
     devices = _NO_DEVICE if device == (0, 0) else b"%07o\0%07o\0" % device
-    block = _FIELDS.pack(name, owner, numbers, _BLANKS, kind, link, _MAGIC, b"", devices, prefix)
-    # The low half of an Adler-32 is the sum of the bytes plus one, modulo 65521, which no 256 bytes reach.
-    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    return b"%b%06o\0%b" % (block[:_CHECKSUM_AT], total, block[_CHECKSUM_AT + 7 :])
+    fields = _TAIL.pack(kind, link, _MAGIC, b"", devices, prefix)
+    return fields, _sum(fields[:256]) + _sum(fields[256:])
+
+
+@lru_cache(maxsize=16)
+def _plain_rest(kind: bytes) -> tuple[bytes, int]:
+    """The same for what has no link, device or prefix: nearly all entries."""
+    return _rest(kind, b"", (0, 0), b"")
+
+
+def _block(name: bytes, owner: bytes, size: int, seconds: int, rest: tuple[bytes, int]) -> bytes:
+    head = b"%b%b%011o\0%011o\0" % (name.ljust(_NAME_SIZE, b"\0"), owner, size, seconds)
+    fields, total = rest
+    return b"%b%06o\0 %b" % (head, _sum(head) + _BLANKS + total, fields)
+
+
+def _sum(data: bytes) -> int:
+    """The sum of up to 256 bytes: the low half of an Adler-32 is it plus one, modulo 65521, which they do not reach."""
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 class TarWriter:
@@ -169,6 +179,7 @@ class TarWriter:
 
     def __init__(self, out: BinaryIO, record: RecordWriter | None = None) -> None:
         self._out = out
+        _widen(out)
         self._record = record
         self._raw = isinstance(out, io.RawIOBase)  # which may write less than it is given
         self._size = 0
@@ -278,3 +289,9 @@ class TarWriter:
     def _stop(self) -> None:
         self._full.put(None)
         self._thread.join()
+
+
+def _widen(out: BinaryIO) -> None:
+    """Let a pipe take as much as one may ask for without privileges: one side waits less often for the other."""
+    with contextlib.suppress(OSError):  # no pipe, or nothing with a descriptor
+        fcntl.fcntl(out.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)

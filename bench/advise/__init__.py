@@ -1,0 +1,1 @@
+"""Which driver suits a given work, by what was measured: `layerfs advise`."""

@@ -1,0 +1,111 @@
+"""Drivers in the order in which they suit some work, by the figures of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from layerfs.bench import statistics
+from layerfs.bench.advise.needs import Figure, Need
+from layerfs.bench.claims.evidence import Evidence
+from layerfs.bench.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure on several drivers.
+
+    Attributes:
+        need: that it speaks for.
+        samples: by driver, seconds or what the counter counts.
+    """
+
+    need: str
+    figure: Figure
+    samples: Mapping[str, Sequence[float]]
+
+    def over(self, driver: str, other: str) -> Interval:
+        """How many times as much ``driver`` takes as ``other``."""
+        return statistics.ratio(self.samples[driver], self.samples[other])
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Drivers for some needs, all needs being of equal weight.
+
+    Attributes:
+        drivers: the best one first.
+        overall: by driver, how many times as much it takes as the best one (geometric mean over needs).
+        measured: the figures behind it.
+        missing: what the needs would be judged by as well, and the run has not.
+        incomplete: drivers that lack a figure which others have.
+    """
+
+    drivers: Sequence[str]
+    overall: Mapping[str, Interval]
+    measured: Sequence[Measured]
+    missing: Sequence[Figure]
+    incomplete: Sequence[str]
+
+    @property
+    def fewest(self) -> int:
+        """Samples of the figure that has the fewest."""
+        return min(len(samples) for one in self.measured for samples in one.samples.values())
+
+    @property
+    def equals(self) -> list[str]:
+        """Drivers that the samples cannot tell from the best one."""
+        return [driver for driver in self.drivers[1:] if self.overall[driver].low <= 1]
+
+
+def rank(needs: Sequence[Need], run: Evidence, allowed: Collection[str]) -> Ranking:
+    """Rank the drivers of a run that are ``allowed``; there may be none left."""
+    found = [(need, figure, _samples(figure, run, allowed)) for need in needs for figure in need.figures]
+    missing = [figure for _, figure, samples in found if not samples]
+    measured = [Measured(need.id, figure, samples) for need, figure, samples in found if samples]
+    everywhere = {driver for one in measured for driver in one.samples}
+    complete = [driver for driver in sorted(everywhere) if all(driver in one.samples for one in measured)]
+    if not complete:
+        return Ranking([], {}, measured, missing, sorted(everywhere))
+    weights = _weights(measured)
+    first = complete[0]
+    order = sorted(complete, key=lambda driver: _overall(measured, weights, driver, first).middle)
+    overall = {driver: _overall(measured, weights, driver, order[0]) for driver in order}
+    return Ranking(order, overall, measured, missing, sorted(everywhere - set(complete)))
+
+
+def _weights(measured: Sequence[Measured]) -> list[float]:
+    """One for each need together, whatever the number of its figures; all of them sum to one."""
+    needs = [one.need for one in measured]
+    return [1 / needs.count(need) / len(set(needs)) for need in needs]
+
+
+def _overall(measured: Sequence[Measured], weights: Sequence[float], driver: str, best: str) -> Interval:
+    pairs = [(one.samples[driver], one.samples[best]) for one in measured]
+    return statistics.mean_ratio(pairs, weights)
+
+
+def _samples(figure: Figure, run: Evidence, allowed: Collection[str]) -> dict[str, list[float]]:
+    """Of the variant of the workload that most drivers have and, among those, has the largest file."""
+    variants: dict[tuple[tuple[str, str], ...], dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for benchmark in run.benchmarks:
+        extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
+        if extra["workload"] == figure.workload and parameters.pop("target") in allowed:
+            variant = tuple((name, str(value)) for name, value in parameters.items())
+            variants.setdefault(variant, {}).setdefault(extra["target"], {})[extra["step"]] = benchmark
+    found = [(dict(variant).get("size", "0"), _figures(figure, steps)) for variant, steps in variants.items()]
+    return max(found, key=lambda one: (len(one[1]), int(one[0])), default=("0", {}))[1]
+
+
+def _figures(figure: Figure, targets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for target, steps in targets.items():
+        if figure.counter:
+            counted = next(iter(steps.values()))["extra_info"]["counters"].get(figure.counter, [])
+            found[target] = [float(value) for value in counted]
+        elif set(figure.steps) <= set(steps):
+            data = [steps[step]["stats"]["data"] for step in figure.steps]
+            found[target] = [float(sum(parts)) for parts in zip(*data, strict=True)]
+    return {target: samples for target, samples in found.items() if samples and median(samples) > 0}

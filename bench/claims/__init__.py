@@ -1,0 +1,1 @@
+"""What others have claimed of storage drivers, tested here: `layerfs claims`."""

@@ -1,0 +1,107 @@
+"""What run files say of the cells of the catalogue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerfs.bench import runfile
+from layerfs.bench.claims.catalogue import SECONDS, SPEED, Cell, Scale
+from layerfs.errors import InvalidArgument, refused
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One run.
+
+    Attributes:
+        name: of its file.
+        scale: by which the experiments' parameters have to be read.
+        left_out: drivers and workloads that could not be used, with the reason.
+    """
+
+    name: str
+    scale: Scale
+    fingerprint: Mapping[str, Any]
+    started: str
+    benchmarks: Sequence[Mapping[str, Any]]
+    failures: Sequence[Mapping[str, str]]
+    left_out: Mapping[str, str]
+
+    def samples(self, cell: Cell) -> list[float] | None:
+        """The cell's figure of every sample; None where the run does not have it."""
+        if cell.figure not in (SECONDS, SPEED):
+            for benchmark in self._matching(cell):
+                values = benchmark["extra_info"]["counters"].get(cell.figure)
+                if values:
+                    return [float(value) for value in values]
+            return None
+        by_step = {benchmark["extra_info"]["step"]: benchmark for benchmark in self._matching(cell)}
+        if not set(cell.steps) <= set(by_step):
+            return None
+        steps = [by_step[step] for step in cell.steps]
+        seconds = [sum(parts) for parts in zip(*(step["stats"]["data"] for step in steps), strict=True)]
+        if cell.figure == SECONDS:
+            return seconds
+        extra = steps[0]["extra_info"]
+        work = [count or size for count, size in zip(extra["operations"], extra["bytes"], strict=True)]
+        return [amount / time for amount, time in zip(work, seconds, strict=True)] if all(work) else None
+
+    def failure(self, cell: Cell) -> str:
+        """Why the cell could not be measured; "" where nothing is known of that."""
+        for failure in self.failures:
+            if failure["target"] == cell.target and failure["workload"].partition(" ")[0] in ("", cell.workload):
+                return failure["reason"]
+        return ""
+
+    def _matching(self, cell: Cell) -> list[Mapping[str, Any]]:
+        wanted = cell.parameters(self.scale)
+        return [
+            benchmark
+            for benchmark in self.benchmarks
+            if benchmark["extra_info"]["workload"] == cell.workload
+            and benchmark["extra_info"]["target"] == cell.target
+            # A parameter that is younger than the file had its default then.
+            and all(benchmark["params"].get(name, value) == value for name, value in wanted.items())
+        ]
+
+
+def read(file: Path, scale: Scale) -> Evidence:
+    """Read a run file. Raises `InvalidArgument` where it is none.
+
+    Args:
+        scale: for a run that knows of none, with its own size as ``large``.
+    """
+    try:
+        document = json.loads(file.read_text())
+    except OSError as error:
+        raise refused(f"reading the run file {str(file)!r}", error, "name one that `layerfs bench` wrote") from error
+    except ValueError as error:
+        raise InvalidArgument(f"{str(file)!r} is not a run file: {error}") from error
+    return parse(document, str(file), scale)
+
+
+def parse(document: Any, name: str, scale: Scale) -> Evidence:
+    """The same from the document itself."""
+    try:
+        own = document["layerfs"]
+        if own["format"] > runfile.FORMAT:
+            raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
+        claims = own.get("claims", {"scale": {**scale, "large": own["size"]}, "left_out": {}})
+        for benchmark in document["benchmarks"]:
+            if not {"params", "extra_info", "stats"} <= set(benchmark):
+                raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: it lacks what was measured")
+        return Evidence(
+            name,
+            claims["scale"],
+            own["fingerprint"],
+            document["datetime"],
+            document["benchmarks"],
+            own.get("failures", []),
+            claims["left_out"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error

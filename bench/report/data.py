@@ -1,0 +1,237 @@
+"""Run files as a report needs them: figures with all that was kept of them, by machine, the newest of each first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from layerfs.bench import recorded, statistics
+from layerfs.bench.native import NATIVE
+from layerfs.bench.statistics import Interval
+from layerfs.errors import InvalidArgument
+
+_MOST = 1e18  # above that a figure is none of a run's, and pictures would lose their scale
+Scalar = str | float | bool | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One step of one workload on one target in one run.
+
+    Attributes:
+        parameters: of the workload, by name, without its size.
+        seconds: of every sample; ``amounts``: bytes or operations of every sample, as ``unit`` says.
+        unit: ``B/s``, ``op/s`` or ``s``.
+        latencies: of all samples together, as in `layerfs.bench.workload.Timing`.
+        counters: of every sample.
+        courses: of samples that kept one, as in `layerfs.bench.workload.Timing`.
+    """
+
+    workload: str
+    step: str
+    target: str
+    size: int
+    parameters: Mapping[str, Scalar]
+    seconds: Sequence[float]
+    amounts: Sequence[float]
+    unit: str
+    latencies: Mapping[float, int]
+    counters: Mapping[str, Sequence[int]]
+    courses: Sequence[Sequence[float]]
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """What was measured, without on which target."""
+        return self.workload, self.step, self.size, tuple(sorted(self.parameters.items(), key=str))
+
+    @cached_property
+    def middle(self) -> float:
+        """The median of the seconds."""
+        return median(self.seconds)
+
+    @cached_property
+    def time(self) -> Interval:
+        """The same with its interval."""
+        return statistics.median(self.seconds)
+
+    @cached_property
+    def rate(self) -> Interval:
+        """In `unit`."""
+        if self.unit == "s":
+            return self.time
+        return statistics.median([a / s for a, s in zip(self.amounts, self.seconds, strict=True) if s])
+
+    @cached_property
+    def bytes_rate(self) -> Interval | None:
+        """Bytes a second, of operations on blocks too; None where there are neither."""
+        block = self.parameters.get("block")
+        if self.unit == "op/s" and isinstance(block, int | float) and block > 0:
+            return Interval(self.rate.low * block, self.rate.middle * block, self.rate.high * block)
+        return self.rate if self.unit == "B/s" else None
+
+    def counter(self, name: str) -> Interval | None:
+        return statistics.median(self.counters[name]) if self.counters.get(name) else None
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """One run.
+
+    Attributes:
+        name: the file's; ``machine``: what other runs must have in common with it; ``facts``: its fingerprint.
+    """
+
+    name: str
+    started: datetime
+    machine: Mapping[str, object]
+    facts: Mapping[str, Any]
+    warnings: Sequence[str]
+    targets: Sequence[str]
+    figures: Sequence[Figure]
+    commit: str
+
+
+@dataclass
+class Machine:
+    """Runs whose figures may be compared, the oldest first."""
+
+    runs: list[RunFile] = field(default_factory=list)
+
+    @property
+    def newest(self) -> RunFile:
+        return self.runs[-1]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        together: dict[str, object] = {}
+        for run in self.runs:
+            together |= run.machine
+        return together
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        """Of each thing measured the newest."""
+        found: dict[tuple[object, ...], Figure] = {}
+        for run in self.runs:
+            found |= {(*figure.what, figure.target): figure for figure in run.figures}
+        return list(found.values())
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The control first, the others in the runs' order; a calibration's second ones are left out."""
+        names = [name for run in self.runs for name in run.targets if not name.endswith(" again")]
+        return sorted(dict.fromkeys(names), key=lambda name: name != NATIVE)
+
+    @cached_property
+    def courses(self) -> dict[tuple[object, ...], list[tuple[RunFile, Figure]]]:
+        """What several runs measured, with each of them, by `Figure.what` and target."""
+        found: dict[tuple[object, ...], list[tuple[RunFile, Figure]]] = {}
+        for run in self.runs:
+            for figure in run.figures:
+                found.setdefault((*figure.what, figure.target), []).append((run, figure))
+        return {key: course for key, course in found.items() if len(course) > 1}
+
+    def of(self, workload: str, step: str | None = None) -> list[Figure]:
+        """In the order of targets."""
+        known = {name: number for number, name in enumerate(self.targets)}
+        found = [f for f in self.figures if f.workload == workload and step in (None, f.step) and f.target in known]
+        return sorted(found, key=lambda figure: known[figure.target])
+
+    @cached_property
+    def varied(self) -> dict[str, list[str]]:
+        """By workload, the parameters of which there are several values."""
+        values: dict[str, dict[str, set[object]]] = {}
+        for figure in self.figures:
+            for name, value in figure.parameters.items():
+                values.setdefault(figure.workload, {}).setdefault(name, set()).add(value)
+        return {work: [n for n, found in names.items() if len(found) > 1] for work, names in values.items()}
+
+
+def read(files: Iterable[Path]) -> list[Machine]:
+    """Read run files. Raises `InvalidArgument` where one is none."""
+    return grouped([parse(*_document(file)) for file in files])
+
+
+def grouped(runs: Iterable[RunFile]) -> list[Machine]:
+    """By machine, in the order of time."""
+    machines: list[Machine] = []
+    for run in sorted(runs, key=lambda run: run.started):
+        for machine in machines:
+            if not recorded.differences(machine.facts, run.machine):
+                machine.runs.append(run)
+                break
+        else:
+            machines.append(Machine([run]))
+    return machines
+
+
+def parse(document: Any, name: str) -> RunFile:
+    """A run file's document. Raises `InvalidArgument`."""
+    known = recorded.parse(document, name)
+    try:
+        own = document["layerfs"]
+        started = datetime.fromisoformat(document["datetime"])
+        return RunFile(
+            name=name,
+            started=started if started.tzinfo else started.replace(tzinfo=UTC),
+            machine=known.machine,
+            facts=dict(own["fingerprint"]),
+            warnings=[str(warning) for warning in known.warnings],
+            targets=[str(target) for target in own["targets"]],
+            figures=[_figure(benchmark) for benchmark in document["benchmarks"]],
+            commit=str(document.get("commit_info", {}).get("id", "")),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+
+
+def _document(file: Path) -> tuple[Any, str]:
+    return recorded.document(file), file.name
+
+
+def _figure(benchmark: Any) -> Figure:
+    extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
+    parameters.pop("target", None)
+    size = int(_number(parameters.pop("size")))
+    seconds = [_number(value) for value in benchmark["stats"]["data"]]
+    operations = [_number(value) for value in extra["operations"]]
+    moved = [_number(value) for value in extra["bytes"]]
+    if not seconds or len(operations) != len(seconds) or len(moved) != len(seconds):
+        raise ValueError("samples are missing")
+    unit = "op/s" if all(operations) else "B/s" if all(moved) else "s"
+    latencies: dict[float, int] = {}
+    for sample in extra["latencies"]:
+        for latency, count in sample:
+            latencies[_number(latency)] = latencies.get(_number(latency), 0) + int(_number(count))
+    return Figure(
+        workload=str(extra["workload"]),
+        step=str(extra["step"]),
+        target=str(extra["target"]),
+        size=size,
+        parameters={str(name): _scalar(value) for name, value in parameters.items()},
+        seconds=seconds,
+        amounts=operations if unit == "op/s" else moved,
+        unit=unit,
+        latencies=latencies,
+        counters={str(name): [int(_number(v)) for v in values] for name, values in extra["counters"].items()},
+        courses=[[_number(value) for value in course] for course in extra.get("courses", ())],
+    )
+
+
+def _number(value: Any) -> float:
+    """JSON as Python reads it has NaN and Infinity, too."""
+    found = float(value)
+    if not math.isfinite(found) or not 0 <= found <= _MOST:
+        raise ValueError(f"{value!r} is no figure")
+    return found
+
+
+def _scalar(value: Any) -> Scalar:
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
