@@ -55,7 +55,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
         installed(store)
         with open(place / "changes.tar", "wb") as out:
             store.diff("installed", out)
-        yield Recorded(place / "changes.tar", str(store.stat("installed").diff_id), list(store.changes("installed")))
+        yield Recorded(
+            place / "changes.tar", str(store.stat("installed").diff_id), list(store.changes("installed"))
+        )
 
 
 def opened(place: Path, driver: str) -> Iterator[Store]:
