@@ -22,22 +22,23 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-# What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
-ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
+ENGINES = [f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "serve")]
+# What takes its own time: guests by themselves, others' suites, and the gate's runs of whole benchmarks.
 GUESTS = ["tests/test_guest.py"]
 SUITES = ["tests/test_suites.py"]
-GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
+GATE = [f"tests/test_{name}.py" for name in ("advise", "bench_runs", "claims", "gate")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those of `engines`, `gate` and `guests`; arguments go to pytest. As root everything is tried."""
-    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS, *SUITES]))
+    """All tests but those of `gate`, `guests` and `suites`; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*GATE, *GUESTS, *SUITES]))
 
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
+    """The tests with real engines alone, and all of them on the slow drivers too; arguments go to pytest."""
+    session.env["LAYERFS_TEST_ENGINES"] = "all"
     _test(session, *ENGINES)
 
 
@@ -55,7 +56,7 @@ def suites(session: nox.Session) -> None:
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """Adaptive benchmark runs, compare and gate; arguments go to pytest."""
+    """Adaptive benchmark runs, compare and gate, claims and advice; arguments go to pytest."""
     _test(session, *GATE)
 
 

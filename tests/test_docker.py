@@ -123,6 +123,7 @@ def test_a_container_runs(docker: Docker) -> None:
     assert docker.layers() == before
 
 
+@pytest.mark.thorough
 def test_the_life_of_a_container(docker: Docker) -> None:
     loop = "echo started; trap 'exit 3' TERM; while true; do sleep 0.1; done"
     docker("create", "--network", "none", "--name", "life", IMAGE, "/bin/sh", "-c", loop)
@@ -160,6 +161,7 @@ def test_what_a_container_changed(docker: Docker) -> None:
     docker("rmi", "bb:committed")
 
 
+@pytest.mark.thorough
 def test_images_are_saved_and_loaded_as_they_are(docker: Docker) -> None:
     docker.run("--name", "work", IMAGE, "/bin/sh", "-c", "echo 1 > /one; ln /one /two; rm /etc/passwd")
     docker("commit", "work", "bb:saved")
@@ -179,6 +181,7 @@ def test_images_are_saved_and_loaded_as_they_are(docker: Docker) -> None:
     docker("rmi", "bb:saved")
 
 
+@pytest.mark.thorough
 def test_an_image_is_built(docker: Docker) -> None:
     context = docker.place / "context"
     context.mkdir()
@@ -204,6 +207,7 @@ def test_a_size_limit(docker: Docker) -> None:
     assert "dd" not in docker("ps", "--all", "--format", "{{.Command}}")
 
 
+@pytest.mark.thorough
 def test_several_containers_at_once(docker: Docker) -> None:
     def run(number: int) -> str:
         return docker.run("--rm", IMAGE, "/bin/sh", "-c", f"echo {number} > /etc/passwd; cat /etc/passwd")
