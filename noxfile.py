@@ -22,7 +22,9 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-ENGINES = [f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "serve")]
+ENGINES = [
+    f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "podman", "serve")
+]
 # What takes its own time: guests by themselves, others' suites, and the gate's runs of whole benchmarks.
 GUESTS = ["tests/test_guest.py"]
 SUITES = ["tests/test_suites.py"]
