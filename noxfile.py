@@ -99,8 +99,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
-    install(session, "fuse")
+    """Apply and diff, unions, and engines beside other programs and drivers, each in one run."""
+    install(session, "fuse", "serve")
     session.run("python", "-m", "layerfs.bench.peers")
 
 
