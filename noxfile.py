@@ -28,7 +28,7 @@ ENGINES = [
 # What takes its own time: guests by themselves, others' suites, and the gate's runs of whole benchmarks.
 GUESTS = ["tests/test_guest.py"]
 SUITES = ["tests/test_suites.py"]
-GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
+GATE = [f"tests/test_{name}.py" for name in ("advise", "bench_runs", "claims", "gate")]
 
 
 @nox.session
@@ -58,7 +58,7 @@ def suites(session: nox.Session) -> None:
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """Adaptive benchmark runs, compare and gate; arguments go to pytest."""
+    """Adaptive benchmark runs, compare and gate, claims and advice; arguments go to pytest."""
     _test(session, *GATE)
 
 

@@ -340,7 +340,7 @@ class ZfsDriver(SnapshotDriver):
     def _written_to(self, volume: str, parent: str) -> set[bytes] | None:
         """Paths of all that zfs-diff(8) finds to differ from the parent; None where it cannot tell."""
         place = self._dataset(volume)
-        with _mounted(place) as top:
+        with _mounted(self._dataset(parent)), _mounted(place) as top:  # it wants to see both
             try:
                 text = self._tools.patient("diff", "-H", self._snapshot(parent), place)
             except ZfsRefused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -181,6 +182,10 @@ def test_what_was_not_measured_is_said_with_its_reason() -> None:
     partly = judge(claim, [_run({"overlay2": _STEADY}, more=own)])
     assert partly.verdict is Verdict.PARTLY
     assert "btrfs: no such device" in partly.reason
+    swapped = dataclasses.replace(claim, tests=claim.tests[::-1])
+    without = _run({"overlay2": _STEADY}, copied=4096, more=own)
+    assert judge(claim, [without]).verdict is Verdict.UNCLEAR, "what it is mainly about was not tested"
+    assert judge(swapped, [without]).verdict is Verdict.REFUTED
     nothing = judge(claim, [_run({}, failures=[Failure("overlay2", "", "it is full")])])
     assert nothing.verdict is Verdict.UNTESTABLE
     assert nothing.ours is None

@@ -99,7 +99,7 @@ class Claim:
         refuted: what would refute it.
         tests: its parts. The first one's ratio is set beside the source's own figure.
         cannot: why it cannot be tested here at all; "" where it can.
-        note: what a reader of the verdict has to know of the drivers that it stands on.
+        note: what a reader of the verdict has to know of the drivers and workloads that it rests on.
     """
 
     id: str
@@ -151,8 +151,8 @@ def _claim(entry: Mapping[str, Any], notes: Mapping[str, str]) -> Claim:
         words = {name: str(entry[name]) for name in ("id", "says", "source", "theirs", "refuted")}
     except KeyError as error:
         raise InvalidArgument(f"the claim {entry.get('id')!r} lacks {error}") from error
-    drivers = {driver_of(cell.target) for test in tests for cell in test.cells}
-    note = "; ".join(text for driver, text in notes.items() if driver in drivers)
+    used = {name for test in tests for cell in test.cells for name in (driver_of(cell.target), cell.workload)}
+    note = "; ".join(text for name, text in notes.items() if name in used)
     return Claim(**words, tests=tests, cannot=entry.get("cannot", ""), note=note)
 
 

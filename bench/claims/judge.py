@@ -75,7 +75,8 @@ def judge(claim: Claim, runs: Sequence[Evidence]) -> Judgement:
 
 
 def _verdict(outcomes: Sequence[Outcome]) -> Verdict:
-    """All parts: reproduced. None, and every one was decided: refuted. Some: partly, whatever became of the others."""
+    """All parts hold: reproduced. Some: partly, whatever became of the others. None: refuted, if all that could be
+    tested were decided and the first one, which the claim is mainly about, is among them."""
     tested = [outcome for outcome in outcomes if outcome is not Outcome.UNTESTABLE]
     if not tested:
         return Verdict.UNTESTABLE
@@ -83,7 +84,8 @@ def _verdict(outcomes: Sequence[Outcome]) -> Verdict:
         return Verdict.REPRODUCED
     if Outcome.HOLDS in tested:
         return Verdict.PARTLY
-    return Verdict.REFUTED if all(outcome is Outcome.FAILS for outcome in tested) else Verdict.UNCLEAR
+    refuted = outcomes[0] is Outcome.FAILS and all(outcome is Outcome.FAILS for outcome in tested)
+    return Verdict.REFUTED if refuted else Verdict.UNCLEAR
 
 
 def _reason(findings: Sequence[Finding]) -> str:
