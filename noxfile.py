@@ -22,7 +22,9 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-ENGINES = [f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "serve")]
+ENGINES = [
+    f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "podman", "serve")
+]
 # What takes its own time: suites of others, a real Debian, and the gate's runs of whole benchmarks.
 SUITES = [f"tests/test_{name}.py" for name in ("debian", "suites", "suites_fs")]
 GATE = [f"tests/test_{name}.py" for name in ("advise", "bench_runs", "claims", "gate")]
@@ -119,8 +121,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
-    install(session, "fuse")
+    """Apply and diff, unions, and engines beside other programs and drivers, each in one run."""
+    install(session, "fuse", "serve")
     session.run("python", "-m", "layerfs.bench.peers")
 
 
