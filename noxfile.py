@@ -22,21 +22,24 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-# What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
-ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
-SUITES = ["tests/test_suites.py", "tests/test_suites_fs.py"]
-GATE = [f"tests/test_{name}.py" for name in ("bench_runs", "gate")]
+ENGINES = [
+    f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "podman", "serve")
+]
+# What takes its own time: suites of others, a real Debian, and the gate's runs of whole benchmarks.
+SUITES = [f"tests/test_{name}.py" for name in ("debian", "suites", "suites_fs")]
+GATE = [f"tests/test_{name}.py" for name in ("advise", "bench_runs", "claims", "gate")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those of `engines`, `gate` and suites; arguments go to pytest. As root everything is tried."""
-    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *SUITES]))
+    """All tests but those of `debian`, `gate` and the suites; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*GATE, *SUITES]))
 
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
+    """The tests with real engines alone, and all of them on the slow drivers too; arguments go to pytest."""
+    session.env["LAYERFS_TEST_ENGINES"] = "all"
     _test(session, *ENGINES)
 
 
@@ -77,7 +80,7 @@ def debian(session: nox.Session) -> None:
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """Adaptive benchmark runs, compare and gate; arguments go to pytest."""
+    """Adaptive benchmark runs, compare and gate, claims and advice; arguments go to pytest."""
     _test(session, *GATE)
 
 
@@ -142,8 +145,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
-    install(session, "fuse")
+    """Apply and diff, unions, and engines beside other programs and drivers, each in one run."""
+    install(session, "fuse", "serve")
     session.run("python", "-m", "layerfs.bench.peers")
 
 

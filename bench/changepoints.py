@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-SMALLEST = 2
+SMALLEST = 3
 """Values that a level has at least."""
-_PERMUTATIONS, _SIGNIFICANT, _SEED = 399, 0.05, 20_141
+_PERMUTATIONS, _SIGNIFICANT, _SEED = 999, 0.01, 20_141
 
 
 def change_points(values: Sequence[float]) -> list[int]:
@@ -21,18 +21,22 @@ def change_points(values: Sequence[float]) -> list[int]:
     borders = [0, len(values)]
     while True:
         found, place = _best(values, borders)
-        if place is None:
-            break
-        as_far = 1
-        for _ in range(_PERMUTATIONS):
-            shuffled: list[float] = []
-            for begin, end in pairwise(borders):
-                shuffled += source.sample(values[begin:end], end - begin)
-            as_far += _best(shuffled, borders)[0] >= found * (1 - 1e-12)
-        if as_far / (_PERMUTATIONS + 1) >= _SIGNIFICANT:
-            break
+        if place is None or not _is_significant(found, values, borders, source):
+            return borders[1:-1]
         borders = sorted([*borders, place])
-    return borders[1:-1]
+
+
+def _is_significant(found: float, values: Sequence[float], borders: Sequence[int], source: random.Random) -> bool:
+    """Whether values in random order within their segments seldom divide as well; ends early where they often do."""
+    as_far = 1
+    for _ in range(_PERMUTATIONS):
+        shuffled: list[float] = []
+        for begin, end in pairwise(borders):
+            shuffled += source.sample(values[begin:end], end - begin)
+        as_far += _best(shuffled, borders)[0] >= found * (1 - 1e-12)
+        if as_far >= _SIGNIFICANT * (_PERMUTATIONS + 1):
+            return False
+    return True
 
 
 def _best(values: Sequence[float], borders: Sequence[int]) -> tuple[float, int | None]:
@@ -46,21 +50,23 @@ def _best(values: Sequence[float], borders: Sequence[int]) -> tuple[float, int |
 
 
 def _split(values: Sequence[float]) -> tuple[float, int | None]:
-    """The scaled energy distance between the two parts, at its greatest."""
+    """The scaled energy distance between a part at the beginning and one that follows it, at its greatest.
+
+    The second part need not reach to the end: where a level comes back, it is found all the same.
+    """
     number = len(values)
-    to_left = [sum(abs(value - other) for other in values[:place]) for place, value in enumerate(values)]
-    to_right = [sum(abs(value - other) for other in values[place + 1 :]) for place, value in enumerate(values)]
-    left, right, total = 0.0, sum(to_right), sum(to_left)
+    sums = [[0.0] * (number + 1)]  # of distances between the first i and the first j values
+    for value in values:
+        row = accumulate((abs(value - other) for other in values), initial=0.0)
+        sums.append([above + own for above, own in zip(sums[-1], row, strict=True)])
     best: tuple[float, int | None] = (0.0, None)
-    for place in range(1, number):
-        left += to_left[place - 1]  # distances within the left part
-        right -= to_right[place - 1]
-        m, n = place, number - place
-        if m < SMALLEST or n < SMALLEST:
-            continue
-        between = total - left - right
-        energy = 2 * between / (m * n) - 2 * left / (m * (m - 1)) - 2 * right / (n * (n - 1))
-        divergence = energy * m * n / number
-        if divergence > best[0]:
-            best = divergence, place
+    for place in range(SMALLEST, number - SMALLEST + 1):
+        left = sums[place][place]
+        for end in range(place + SMALLEST, number + 1):
+            m, n = place, end - place
+            between = sums[place][end] - left
+            right = sums[end][end] - 2 * sums[place][end] + left
+            divergence = (2 * between / (m * n) - left / m**2 - right / n**2) * m * n / end
+            if divergence > best[0]:
+                best = divergence, place
     return best

@@ -162,7 +162,7 @@ def _given_options(*but: str) -> list[str]:
             if isinstance(each, bool):
                 words += (parameter.opts if each else parameter.secondary_opts)[:1]
             else:
-                words.append(f"{parameter.opts[0]}={each}")
+                words.append(f"{max(parameter.opts, key=len)}={each}")  # a short option takes no equals sign
     return words
 
 

@@ -21,13 +21,14 @@ from layerfs.errors import InvalidArgument, refused
 EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
 
 _file = click.Path(path_type=Path)
+_found = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("compare")
-@click.argument("base", type=_file)
-@click.argument("head", type=_file)
+@click.argument("base", type=_found)
+@click.argument("head", type=_found)
 @click.option(
-    "--calibration", type=_file, help="Run file of `layerfs bench --calibrate` [default: BASE, if it is one]."
+    "--calibration", type=_found, help="Run file of `layerfs bench --calibrate` [default: BASE, if it is one]."
 )
 @click.option("--force", is_flag=True, help="Compare runs of different machines, too.")
 @json_option

@@ -41,7 +41,7 @@ class Course:
     @cached_property
     def changes(self) -> list[int]:
         """The places of runs that begin a new level. Times are compared by their ratios."""
-        times = [figure.time.middle for figure in self.figures]
+        times = [figure.middle for figure in self.figures]
         return change_points([math.log(time) for time in times]) if all(times) else []
 
     def step(self, place: int) -> float:
@@ -49,7 +49,7 @@ class Course:
         borders = [0, *self.changes, len(self.figures)]
         number = borders.index(place)
         before, after = (
-            sorted(figure.time.middle for figure in self.figures[begin:end])
+            sorted(figure.middle for figure in self.figures[begin:end])
             for begin, end in ((borders[number - 1], place), (place, borders[number + 1]))
         )
         return after[len(after) // 2] / before[len(before) // 2]
@@ -94,8 +94,8 @@ def value_words(name: str, value: object) -> str:
 def history_command(workload: str | None, drivers: str | None, results: Path, as_json: bool) -> None:
     """Show how a workload's times went over the run files of a directory, and where they changed.
 
-    Only runs of one machine are set beside each other. A change is said where e-divisive means find one (p < 0.05),
-    which takes seven runs or more.
+    Only runs of one machine are set beside each other. A change is said where e-divisive means find one (p < 0.01),
+    which takes nine runs or more.
     """
     machines = data.grouped(_runs(results))
     wanted = drivers.split(",") if drivers else None
@@ -142,14 +142,14 @@ def _table(machine: Machine, some: Sequence[Course]) -> Table:
     for name in ("workload", "driver", "runs", "course", "first", "last", "changes"):
         table.add_column(name, justify="right" if name in ("runs", "first", "last") else "left")
     for course in some:
-        first, last = course.figures[0].time, course.figures[-1].time
+        first, last = course.figures[0].middle, course.figures[-1].middle
         changes = [
             f"{course.step(place) - 1:+.0%} since {course.runs[place].started:%Y-%m-%d %H:%M}"
             f" ({course.runs[place].commit[:9] or course.runs[place].name})"
             for place in course.changes
         ]
-        cells = [course.name, course.target, str(len(course.runs)), sparkline([f.time.middle for f in course.figures])]
-        cells += [seconds(first.middle), seconds(last.middle), "\n".join(changes) or "none found"]
+        cells = [course.name, course.target, str(len(course.runs)), sparkline([f.middle for f in course.figures])]
+        cells += [seconds(first), seconds(last), "\n".join(changes) or "none found"]
         table.add_row(*(Text(one_line(c) if "\n" not in c else c, "" if changes else "dim") for c in cells))
     return table
 

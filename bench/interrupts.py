@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +14,8 @@ class Interrupts:
     """Turns the first SIGINT, SIGTERM or SIGHUP into one KeyboardInterrupt, and only where that is `allowed`.
 
     A store operation that is cut in its middle is undone by the next opening of the store. A benchmark's store has no
-    next opening, so its operations are let finish, and so is the cleaning up, however often Ctrl-C is pressed.
+    next opening, so its operations are let finish, and so is the cleaning up, however often Ctrl-C is pressed. Threads
+    are never interrupted: whoever starts them ends them.
     """
 
     def __init__(self) -> None:
@@ -49,6 +51,9 @@ class Interrupts:
 
     @contextmanager
     def _switched(self, allowed: bool) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before, self._allowed = self._allowed, allowed
         try:
             self._check()
@@ -61,6 +66,8 @@ class Interrupts:
         self._check()
 
     def _check(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         if self._pending and self._allowed and not self._raised:
             self._raised = True
             raise KeyboardInterrupt

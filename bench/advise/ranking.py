@@ -50,6 +50,11 @@ class Ranking:
     incomplete: Sequence[str]
 
     @property
+    def fewest(self) -> int:
+        """Samples of the figure that has the fewest."""
+        return min(len(samples) for one in self.measured for samples in one.samples.values())
+
+    @property
     def equals(self) -> list[str]:
         """Drivers that the samples cannot tell from the best one."""
         return [driver for driver in self.drivers[1:] if self.overall[driver].low <= 1]

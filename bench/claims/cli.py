@@ -98,7 +98,7 @@ def claims(
         return None
     scale = _scale(known, profile, size)
     if guest and not runs:
-        return in_guest("claims", guest, scale[LARGEST], output, scratch)
+        return in_guest("claims", guest, scale["large"], output, scratch)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     folder = Path("results") if Path("results").is_dir() else Path()
     name = f"{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}-claims"

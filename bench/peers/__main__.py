@@ -1,6 +1,6 @@
 """``python -m layerfs.bench.peers``: every comparison with other programs, one after the other."""
 
-from layerfs.bench.peers import apply_diff, union
+from layerfs.bench.peers import apply_diff, containerd, docker, union
 
-apply_diff.main(standalone_mode=False, args=[])
-union.main(standalone_mode=False, args=[])
+for comparison in (apply_diff, union, containerd, docker):
+    comparison.main(standalone_mode=False, args=[])

@@ -10,7 +10,8 @@ order, mounts a fresh union over it and times on it, always in this order:
 - *create*, *unlink*: small new files, and their removal; *unlink lower*: files of the lower tree;
 - *copy-up*: the first byte written to the large file.
 
-"Cold" is what this mount has not seen: the backing's own caches are warm for all.
+"Cold" is what this mount has not seen: the backing's own caches are warm for all. *pyfuse3 alone* is no union, but hard
+links to the lower tree seen through pyfuse3: what FUSE in Python costs without a union's work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from rich.table import Table
 from layerfs.errors import EnvironmentUnfit
 
 OURS: Final = "layerfs-aufs"
-PROGRAMS: Final = (OURS, "fuse-overlayfs", "kernel overlay")
+FLOOR: Final = "pyfuse3 alone"
+PROGRAMS: Final = (OURS, "fuse-overlayfs", "kernel overlay", FLOOR)
 MIB: Final = 1 << 20
 
 _BLOCK: Final = bytes(MIB)
@@ -67,6 +69,7 @@ class Bench:
             file.writelines(os.urandom(MIB) for _ in range(large // MIB))
         self._target = scratch / "target"
         self._target.mkdir()
+        self._served: subprocess.Popen[bytes] | None = None
         os.sync()
 
     @contextmanager
@@ -81,6 +84,8 @@ class Bench:
                 yield self._target
             finally:
                 _run("umount", str(self._target))
+                if self._served is not None:
+                    self._served.wait()
         finally:
             shutil.rmtree(fresh)
 
@@ -89,8 +94,19 @@ class Bench:
         options = f"lowerdir={self._lower},upperdir={fresh / 'upper'},workdir={fresh / 'work'}"
         if program == "kernel overlay":
             _run("mount", "-t", "overlay", "overlay", "-o", options, str(self._target))
+        elif program == FLOOR:
+            self._serve(fresh / "links")
         else:
             _run(_find(program), "-o", options, str(self._target))
+
+    def _serve(self, links: Path) -> None:
+        _run("cp", "-al", str(self._lower), str(links))
+        module = "layerfs.bench.peers.passthrough"
+        self._served = subprocess.Popen([sys.executable, "-m", module, str(links), str(self._target)])
+        while not self._target.is_mount():
+            if self._served.poll() is not None:
+                raise EnvironmentUnfit(f"{module} could not serve; what it said stands above")
+            time.sleep(0.01)
 
     def sample(self, program: str) -> dict[str, float]:
         """One round on one program: the rows, and what was measured (µs per operation, or s)."""
@@ -113,7 +129,8 @@ class Bench:
             found["unlink"] = _timed(lambda: _unlink(made)) / len(made) * 1e6
             gone = [f"{root}/{name}" for name in order[: len(made)]]
             found["unlink lower"] = _timed(lambda: _unlink(gone)) / len(gone) * 1e6
-            found["copy-up"] = _timed(lambda: _change_first_byte(root / "large"))
+            if program != FLOOR:
+                found["copy-up"] = _timed(lambda: _change_first_byte(root / "large"))
         return found
 
 
@@ -197,10 +214,11 @@ def render(samples: dict[tuple[str, str], list[float]]) -> Table:
     for peer in PROGRAMS[1:]:
         table.add_column(f"takes … of {peer}", justify="right")
     for row in dict.fromkeys(row for row, _ in samples):
-        middles = [statistics.median(samples[row, program]) for program in PROGRAMS]
+        middles = [statistics.median(samples[row, program]) for program in PROGRAMS if (row, program) in samples]
         unit = "s" if row in ("read cold", "read warm", "write large", "copy-up") else "µs"
         shown = [f"{middle:.3f} {unit}" if unit == "s" else f"{middle:.1f} {unit}" for middle in middles]
-        table.add_row(row, *shown, *(f"{middles[0] / middle:.2f} x" for middle in middles[1:]))
+        nothing = [""] * (len(PROGRAMS) - len(middles))
+        table.add_row(row, *shown, *nothing, *(f"{middles[0] / middle:.2f} x" for middle in middles[1:]))
     return table
 
 
@@ -210,7 +228,7 @@ def render(samples: dict[tuple[str, str], list[float]]) -> Table:
 @click.option("--large", default=512, show_default=True, help="MiB of the large file.")
 @click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work.")
 def main(rounds: int, files: int, large: int, scratch: Path | None) -> None:
-    """Time layerfs-aufs, fuse-overlayfs and the kernel's overlay on the same branches."""
+    """Time layerfs-aufs, fuse-overlayfs, the kernel's overlay and a bare pyfuse3 on the same branches."""
     if os.geteuid() != 0:
         raise EnvironmentUnfit("mounting overlay takes root; run it as root")
     for program in PROGRAMS[:2]:

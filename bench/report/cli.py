@@ -16,15 +16,16 @@ from layerfs.bench.report.panels import Panel
 from layerfs.errors import refused
 
 _file = click.Path(path_type=Path)
+_found = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("report")
-@click.argument("runs", type=_file, nargs=-1, required=True)
+@click.argument("runs", type=_found, nargs=-1, required=True)
 @click.option("-o", "--output", type=_file, help="Write one HTML page there.")
 @click.option("--markdown", type=_file, help="Write Markdown there.")
 @click.option("--csv", "csv_file", type=_file, help="Write a row for each figure there.")
 @click.option("--svg", "pictures", type=_file, metavar="DIR", help="Write each picture as a file of its own there.")
-@click.option("--claims", "verdicts", type=_file, help="Verdicts of `layerfs claims`, for the scoreboard.")
+@click.option("--claims", "verdicts", type=_found, help="Verdicts of `layerfs claims`, for the scoreboard.")
 def report(
     runs: tuple[Path, ...],
     output: Path | None,
@@ -77,7 +78,7 @@ def _write_pictures(
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise refused(f"writing {str(file)!r}", error) from error
     click.echo(f"Written: {file}", err=True)

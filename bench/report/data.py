@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from layerfs.bench import recorded, statistics
@@ -51,7 +52,13 @@ class Figure:
         return self.workload, self.step, self.size, tuple(sorted(self.parameters.items(), key=str))
 
     @cached_property
+    def middle(self) -> float:
+        """The median of the seconds."""
+        return median(self.seconds)
+
+    @cached_property
     def time(self) -> Interval:
+        """The same with its interval."""
         return statistics.median(self.seconds)
 
     @cached_property

@@ -51,7 +51,7 @@ def heat_map(machine: Machine) -> Panel:
         if NATIVE in by_target:
             against.append((name, [_ratio(figure, by_target[NATIVE]) for figure in figures]))
         elif len([figure for figure in figures if figure]) > 1:
-            fastest = min((figure for figure in figures if figure), key=lambda figure: figure.time.middle)
+            fastest = min((figure for figure in figures if figure), key=lambda figure: figure.middle)
             among.append((name, [_ratio(figure, fastest) for figure in figures]))
     bands = [Band("time, as a multiple of the bare directory's", against)] if against else []
     bands += [Band("work on layers: time, as a multiple of the fastest driver's", among)] if among else []
@@ -192,7 +192,7 @@ def latencies(machine: Machine) -> Panel:
         if not courses or len(pictures) >= _MOST_PICTURES:
             continue
         rightmost = max(point.x for course in courses for point in course.points)
-        ticks = [place for place in (0.0, math.log10(2), 1.0, 2.0, 3.0, 4.0, 5.0) if place <= rightmost]
+        ticks = [place for place in (math.log10(2), 1.0, 2.0, 3.0, 4.0, 5.0) if place <= rightmost]
         unit = f"latency of one operation in {name.split(':')[0]}"
         pictures["latency-" + _slug(name)] = plots.lines(
             name[:1].upper() + name[1:],
@@ -293,7 +293,7 @@ def course(machine: Machine) -> Panel:
             shown,
             [Mark(x - 0.5, target, change=True) for x, target in sorted(marks.items())],
         )
-    note = "Dashed lines are change points (e-divisive means, p < 0.05). Those that changed most come first."
+    note = "Dashed lines are change points (e-divisive means, p < 0.01). Those that changed most come first."
     return Panel("history", "History", pictures, note)
 
 
@@ -402,7 +402,7 @@ def _change(course: history.Course) -> float:
     """How far it went, as a logarithm."""
     if not course.changes:
         return 0.0
-    times = [figure.time.middle for figure in course.figures if figure.time.middle > 0]
+    times = [figure.middle for figure in course.figures if figure.middle > 0]
     return math.log(max(times) / min(times)) if times else 0.0
 
 

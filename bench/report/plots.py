@@ -114,7 +114,7 @@ def _grid(xs: Scale, ys: Scale, x: Axis, y: Axis) -> list[Element]:
 
 def _course(course: Line, xs: Scale, ys: Scale, x: Format, y: Format) -> list[Element]:
     number = svg.colour(course.target)
-    points = sorted(course.points)
+    points = sorted(course.points, key=lambda point: point.x)
     places = [(xs.place(p.x), ys.place(p.y.middle)) for p in points]
     if course.steps:
         places = [at for a, b in zip(places, [*places[1:], places[-1]], strict=True) for at in (a, (b[0], a[1]))]

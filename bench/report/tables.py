@@ -23,7 +23,7 @@ from layerfs.bench.report.data import Figure, Machine
 from layerfs.bench.report.panels import Panel
 from layerfs.bench.report.svg import clean, element
 from layerfs.bench.statistics import Interval
-from layerfs.bench.verdicts import plain
+from layerfs.bench.verdicts import plain as unmarked
 from layerfs.cli.output import one_line
 
 _COLUMNS = (
@@ -91,6 +91,11 @@ def markdown(sections: Sequence[tuple[Machine, Sequence[Panel]]], claims: Sequen
         out += ["", "Medians ± half of the 95 % interval; × is the time as a multiple of the bare directory's.", ""]
         out += [f"Not measured: {panel.title}; `{panel.wanted}`" for panel in panels if panel.wanted]
     return "\n".join(out) + "\n"
+
+
+def plain(words: str) -> str:
+    """A cell of Markdown."""
+    return unmarked(clean(words, 1000))
 
 
 def as_csv(machines: Sequence[Machine]) -> str:
@@ -163,9 +168,7 @@ def _rate_words(figure: Figure) -> str:
     if figure.unit == "B/s":
         return axes.speed(figure.rate.middle)
     return (
-        f"{humanize.intcomma(round(figure.rate.middle))} op/s"
-        if figure.unit == "op/s"
-        else axes.seconds(figure.time.middle)
+        f"{humanize.intcomma(round(figure.rate.middle))} op/s" if figure.unit == "op/s" else axes.seconds(figure.middle)
     )
 
 

@@ -8,36 +8,27 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerfs.bench import caches, fio
-from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.content import LOWER_FILE
+from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 from layerfs.kernel.fiemap import extents
 
 
 @dataclass(frozen=True)
-class FragRead(Workload):
+class FragRead(LowerReader):
     """Copy-on-write puts each overwritten block elsewhere; extents say how far it went, also where a seek is cheap."""
 
     name = "frag-read"
     summary = "read a file cold and in order after a tenth of its 4K blocks was overwritten in the layer; its extents"
-    programs = ("fio",)
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"percent": (0, 1, 10, 50)}
 
     percent: int = 10
     block: int = 1 << 20
 
     @property
-    def base(self) -> Base:
-        return lower_file(self.size, self.seed)
-
-    @property
-    def cache(self) -> CacheState:
-        return CacheState.COLD
-
-    @property
-    def reads(self) -> str:
-        return LOWER_FILE
+    def writes(self) -> int:
+        return self.size
 
     def set_up(self, layer: Layer) -> None:
         amount = self.size * self.percent // 100

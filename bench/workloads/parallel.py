@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench import fio
-from layerfs.bench.caches import CacheState
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -110,32 +110,15 @@ class ParallelHeavy(Workload):
 
 
 @dataclass(frozen=True)
-class ParallelRead(Workload):
+class ParallelRead(LowerReader):
     """All begin at the beginning of the same file, as the processes of one container do that use one data set."""
 
     name = "parallel-read"
     summary = "several readers at a time of one file of a lower layer, each all of it, beginning with a cold cache"
-    programs = ("fio",)
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 10, 100)}
 
     readers: int = 4
     block: int = _MIB
-
-    @property
-    def base(self) -> Base:
-        return lower_file(self.size, self.seed)
-
-    @property
-    def writes(self) -> int:
-        return 0
-
-    @property
-    def cache(self) -> CacheState:
-        return CacheState.COLD
-
-    @property
-    def reads(self) -> str:
-        return LOWER_FILE
 
     def measure(self, layer: Layer) -> list[Timing]:
         file = layer.path / LOWER_FILE

@@ -6,38 +6,26 @@ from dataclasses import dataclass
 
 from layerfs.bench import fio
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.content import LOWER_FILE
+from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
-class Randread(Workload):
+class Randread(LowerReader):
     """Buffered reads, one at a time, each from a place not read before: what finding a block costs."""
 
     name = "randread"
     summary = "read a thirty-second of a lower layer's file in random 4K blocks, with a cold cache"
-    programs = ("fio",)
 
     block: int = 4096
     part: int = 32
     state: CacheState = CacheState.COLD
 
     @property
-    def base(self) -> Base:
-        return lower_file(self.size, self.seed)
-
-    @property
-    def writes(self) -> int:
-        return 0
-
-    @property
     def cache(self) -> CacheState:
         return self.state
-
-    @property
-    def reads(self) -> str:
-        return LOWER_FILE
 
     def measure(self, layer: Layer) -> list[Timing]:
         amount = max(self.size // self.part, self.block)

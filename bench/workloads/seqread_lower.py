@@ -8,38 +8,26 @@ from typing import ClassVar
 
 from layerfs.bench import fio
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.content import LOWER_FILE
+from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
-class SeqreadLower(Workload):
+class SeqreadLower(LowerReader):
     """Cold, the driver's way to the disk is measured; warm, its way to the page cache."""
 
     name = "seqread-lower"
     summary = "read a file of a lower layer from beginning to end, with a cold and with a warm cache"
-    programs = ("fio",)
     sweep: ClassVar[Mapping[str, Sequence[object]]] = {"state": (CacheState.COLD, CacheState.WARM)}
 
     block: int = 1 << 20
     state: CacheState = CacheState.COLD
 
     @property
-    def base(self) -> Base:
-        return lower_file(self.size, self.seed)
-
-    @property
-    def writes(self) -> int:
-        return 0
-
-    @property
     def cache(self) -> CacheState:
         return self.state
-
-    @property
-    def reads(self) -> str:
-        return LOWER_FILE
 
     def measure(self, layer: Layer) -> list[Timing]:
         done = fio.run(layer.path / LOWER_FILE, "read", self.block, self.size, seed=self.seed)

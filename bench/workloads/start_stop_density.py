@@ -1,4 +1,4 @@
-"""Many layers at once: making and mounting them one after the other, and taking them down again."""
+"""Many layers at once: making and mounting them, one or a few at a time, and taking them down again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerfs.bench.content import Base, small_files
+from layerfs.bench.crowd import at_once
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -19,9 +20,10 @@ class StartStopDensity(Workload):
     summary = "make and mount many layers on one parent, all at once mounted, then unmount and remove them"
     mounted = False
     about_layers = True
-    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"layers": (20, 100, 1000)}
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"layers": (20, 100, 1000), "tasks": (1, 8)}
 
     layers: int = 20
+    tasks: int = 1
     files: int = 100
     parent_size: int = 1 << 20
 
@@ -37,19 +39,24 @@ class StartStopDensity(Workload):
         target, keys = layer.target, self._keys(layer)
         risen: list[float] = []
         fallen: list[float] = []
-        clock = Stopwatch()
-        for key in keys:
+
+        def start(key: str) -> None:
             target.create(key, self.base)
             target.mount(key)
             risen.append(clock.so_far)
+
+        def stop(key: str) -> None:
+            target.unmount(key)
+            target.remove(key)
+            fallen.append(clock.so_far)
+
+        clock = Stopwatch()
+        at_once(start, keys, self.tasks)
         up = clock.lap("up", operations=self.layers, course=risen)
         size = target.occupied(keys[-1])
         self._sizes[layer.key] = size
         clock = Stopwatch()
-        for key in keys:
-            target.unmount(key)
-            target.remove(key)
-            fallen.append(clock.so_far)
+        at_once(stop, keys, self.tasks)
         return [up, clock.lap("down", operations=self.layers, course=fallen)]
 
     def counters(self, layer: Layer) -> dict[str, int]:

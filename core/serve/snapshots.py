@@ -103,8 +103,8 @@ class Snapshots:
         return {}
 
     def remove(self, request: Message) -> dict[str, Any]:
-        """Remove a snapshot."""
-        self._store.remove(request.key)
+        """Remove a snapshot; its data goes a little later, or with `cleanup`, as with containerd's own."""
+        self._store.remove(request.key, wait=False)
         return {}
 
     def stat(self, request: Message) -> dict[str, Any]:
