@@ -114,7 +114,7 @@ def test_life_of_a_backing(root: Path) -> None:
     assert (point.type in zfs_tools.TYPES, point.source) == (True, made.facts["pool"])
     assert made.path.stat().st_mode & 0o777 == 0o700
     (made.path / "file").write_text("kept")
-    assert SIZE // 2 < made.space().total <= SIZE
+    assert SIZE // 4 < made.space().total <= SIZE  # OpenZFS keeps 128 MiB for itself
     assert 0 < made.space().free <= made.space().total
     made.down()
     made.down()
