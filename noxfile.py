@@ -22,35 +22,60 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(f"{TOP}[{','.join(extras)}]" if extras else str(TOP))
 
 
-# What takes its own time: real engines, guests by themselves, and the gate's runs of whole benchmarks.
-ENGINES = [f"tests/test_{name}.py" for name in ("containerd", "docker", "engine", "graphdriver", "serve")]
-GUESTS = ["tests/test_guest.py"]
-SUITES = ["tests/test_suites.py"]
+ENGINES = [
+    f"tests/test_{name}.py" for name in ("adopt", "containerd", "docker", "engine", "graphdriver", "podman", "serve")
+]
+# What takes its own time: suites of others, a real Debian, and the gate's runs of whole benchmarks.
+SUITES = [f"tests/test_{name}.py" for name in ("debian", "suites", "suites_fs")]
 GATE = [f"tests/test_{name}.py" for name in ("advise", "bench_runs", "claims", "gate")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those of `engines`, `gate` and `guests`; arguments go to pytest. As root everything is tried."""
-    _test(session, *(f"--ignore={file}" for file in [*ENGINES, *GATE, *GUESTS, *SUITES]))
+    """All tests but those of `debian`, `gate` and the suites; arguments go to pytest. As root everything is tried."""
+    _test(session, *(f"--ignore={file}" for file in [*GATE, *SUITES]))
 
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """The servers and the engine in Python, with real containerd, dockerd and runc; arguments go to pytest."""
+    """The tests with real engines alone, and all of them on the slow drivers too; arguments go to pytest."""
+    session.env["LAYERFS_TEST_ENGINES"] = "all"
     _test(session, *ENGINES)
-
-
-@nox.session
-def guests(session: nox.Session) -> None:
-    """Guests themselves; what needs their kernels is in `tests`. Arguments go to pytest."""
-    _test(session, *GUESTS)
 
 
 @nox.session
 def suites(session: nox.Session) -> None:
     """containerd's and Docker's own test suites for storage drivers; arguments go to pytest."""
-    _test(session, *SUITES)
+    _test(session, "tests/test_suites.py")
+
+
+@nox.session
+def suites_fs(session: nox.Session) -> None:
+    """stress-ng, fio, dbench and CPython's tests on a layer of every driver; arguments go to pytest."""
+    _test(session, "tests/test_suites_fs.py")
+
+
+@nox.session
+def debian(session: nox.Session) -> None:
+    """A Debian image imported, chrooted into, changed by apt-get and exported on every driver, here and in a guest."""
+    install(session, "fuse", "test")
+    place = Path(session.create_tmp()) / "debian"
+    layout, packages = place / "debian.oci", place / "packages"
+    if not packages.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        session.run("debootstrap", "--variant=minbase", "bookworm", f"{place}/rootfs", external=True)
+        session.run("umoci", "init", "--layout", str(layout), external=True)
+        session.run("umoci", "new", "--image", f"{layout}:12", external=True)
+        session.run("umoci", "insert", "--image", f"{layout}:12", f"{place}/rootfs", "/", external=True)
+        shutil.rmtree(place / "rootfs")
+        packages.mkdir()
+        with session.chdir(packages):
+            session.run("apt-get", "download", "hello", "less", external=True)
+    given = {"LAYERFS_TEST_DEBIAN": str(place)}
+    pytest = ("pytest", "-p", "no:cacheprovider", "tests/test_debian.py", *session.posargs)
+    session.run(*pytest, f"--basetemp={session.create_tmp()}/pytest", env=given)
+    session.run("layerfs", "guest", "--memory=4G", "--timeout=3000", "--", *pytest, env=given)
 
 
 @nox.session
@@ -96,8 +121,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Apply and diff beside GNU tar and containers-storage, and unions beside each other, each in one run."""
-    install(session, "fuse")
+    """Apply and diff, unions, and engines beside other programs and drivers, each in one run."""
+    install(session, "fuse", "serve")
     session.run("python", "-m", "layerfs.bench.peers")
 
 

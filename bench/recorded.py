@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerfs.bench import calibration, runfile
+from layerfs.bench.results import Run
 from layerfs.errors import InvalidArgument, refused
 
 
@@ -113,6 +114,21 @@ def parse(document: Any, name: str) -> Recorded:
         return Recorded(name, machine, seconds, counters, thresholds, own["warnings"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+
+
+def taken(run: Run, name: str) -> Recorded:
+    """The same from a run that has just been measured."""
+    seconds: dict[Key, list[float]] = {}
+    counters: dict[CounterKey, list[int]] = {}
+    for series in run.series():
+        label, step, target = series.workload.label, series.step, series.target
+        seconds[Key(label, step, target)] = series.seconds
+        if series.processor:
+            seconds[Key(label, step + calibration.PROCESSOR, target)] = series.processor
+        for counter in series.samples[0].counters:
+            counters[CounterKey(label, counter, target)] = [sample.counters[counter] for sample in series.samples]
+    noises = {Key(n.workload, n.step, n.target): n.threshold for n in calibration.measured(run)}
+    return Recorded(name, {}, seconds, counters, noises, run.warnings)
 
 
 def together(runs: Sequence[Recorded], name: str) -> Recorded:

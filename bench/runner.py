@@ -247,9 +247,9 @@ def _samples(
                 for target in order.sample(block, len(block)):
                     progress(f"round {number + 1}: {work.label} on {target.name}", clock.part(number, active))
                     with failed.noted(target.name, work):
-                        sample = _sample(work, target, number, shared, interrupts)
-                        taken[work.label].append(sample)
-                        yield sample
+                        one = take_sample(work, target, number, shared, interrupts)
+                        taken[work.label].append(one)
+                        yield one
         if plan.rounds is None:
             kept = {w.label: [s for s in taken[w.label] if not failed.has(w, s.target)] for w in active}
             active = [work for work in active if not _is_precise(kept[work.label], plan.precision)]
@@ -290,7 +290,8 @@ def _is_precise(samples: Sequence[Sample], precision: float) -> bool:
     return all(len(one.seconds) >= _JUDGED_FROM and median(one.seconds).spread <= precision for one in split(samples))
 
 
-def _sample(work: Workload, target: Target, number: int, shared: Path, interrupts: Interrupts) -> Sample:
+def take_sample(work: Workload, target: Target, number: int, shared: Path, interrupts: Interrupts) -> Sample:
+    """Measure ``work`` once, on a fresh layer of ``target``. Raises `LayerfsError`."""
     try:
         with target.fresh(work.base, shared, mounted=work.mounted) as layer:
             try:

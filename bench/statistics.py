@@ -70,6 +70,30 @@ def difference(samples: Sequence[float], reference: Sequence[float]) -> float:
     return (extreme + 1) / (_PERMUTATIONS + 1)
 
 
+def proportion(found: int, total: int) -> Interval:
+    """How often something happens that happened ``found`` times in ``total``: Clopper and Pearson's exact interval."""
+    if not total:
+        return Interval(0.0, 0.0, 1.0)
+    tail = (1 - _LEVEL) / 2
+    low = _root(lambda part: 1 - _at_most(found - 1, total, part) < tail) if found else 0.0
+    high = _root(lambda part: _at_most(found, total, part) > tail) if found < total else 1.0
+    return Interval(low, found / total, high)
+
+
+def _at_most(found: int, total: int, part: float) -> float:
+    """The binomial distribution."""
+    return sum(math.comb(total, k) * part**k * (1 - part) ** (total - k) for k in range(found + 1))
+
+
+def _root(below: Callable[[float], bool]) -> float:
+    """Where in 0 to 1 ``below`` ceases to hold."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low
+
+
 def percentile(latencies: Mapping[float, int], part: float) -> float:
     """The latency that ``part`` (0 to 1) of all operations did not exceed (nearest rank)."""
     wanted = part * sum(latencies.values())

@@ -81,6 +81,7 @@ def apply(
     whiteouts: Whiteouts | None = None,
     record: BinaryIO | None = None,
     devices: bool = False,
+    verified: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Applied:
     """Unpack the layer ``stream`` into the directory ``root``.
@@ -93,6 +94,7 @@ def apply(
         whiteouts: None where ``root`` is the merged tree and deletions are real; for an upper, its backend's marks.
         record: takes the tar record (see `layerfs.record`).
         devices: also make devices beyond those that every container has.
+        verified: the caller compares the diff ID with a known one; the archive may lack its end mark then, as umoci's.
         progress: is called with the number of further bytes of ``stream`` that were read.
 
     Raises:
@@ -112,7 +114,7 @@ def apply(
             return block
 
         writer = None if record is None else RecordWriter(record)
-        reader = TarReader(next_block, None if writer is None else writer.raw)
+        reader = TarReader(next_block, None if writer is None else writer.raw, end_mark=not verified)
         applier = _Applier(reader, root, whiteouts, writer, devices)
         with contextlib.closing(applier.tree):
             entries = applier.run()
@@ -177,7 +179,7 @@ class _Applier:
         tree.relax()
         name = entry.name
         if entry.kind == header.DIRECTORY:
-            name = name.rstrip(b"/") or name[:1]
+            name = name.rstrip(b"/") or (b"." if name else b"")  # "/" is the root's name in umoci's archives
         if PREFIX in name and self._deletions.note(name):
             return
         parent, slash, base = name.rpartition(b"/")

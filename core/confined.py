@@ -359,11 +359,8 @@ def _look(directory: Directory) -> None:
 
 
 def components(path: bytes) -> list[bytes]:
-    """The names that a path of the archive is made of. Raises `Refused` where it is absolute, climbs or is too long.
-
-    None is the root itself, which umoci calls ``/``.
-    """
-    if path.startswith(b"/") and path.strip(b"/"):
+    """The names that a path of the archive is made of. Raises `Refused` where it is absolute, climbs or is too long."""
+    if path.startswith(b"/"):
         raise Refused(f"has the absolute path {quoted(path)}")
     if len(path) > _LONGEST_PATH:
         raise Refused("has a name that is too long")

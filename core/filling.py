@@ -32,7 +32,7 @@ class Filling:
         make: makes the volume as it is before the archive; it is called again after the volume was removed.
         source: opens the archive; more than once only if ``repeatable``.
         record: the file that gets the tar record.
-        devices, progress: see `layerfs.apply.apply`.
+        devices, verified, progress: see `layerfs.apply.apply`.
     """
 
     driver: Driver
@@ -43,6 +43,7 @@ class Filling:
     repeatable: bool
     record: Path
     devices: bool = False
+    verified: bool = False
     progress: Callable[[int], None] | None = None
 
     def fill(self) -> Applied:
@@ -65,6 +66,7 @@ class Filling:
                     whiteouts=upper.whiteouts,
                     record=record,
                     devices=self.devices,
+                    verified=self.verified,
                     progress=self.progress,
                 )
         except NeedsParents:
@@ -112,7 +114,9 @@ class Filling:
             mounts.opened(self.driver.mounts(self.volume, self.parents)) as root,
             self._opened() as (stream, record),
         ):
-            return apply(stream, root, record=record, devices=self.devices, progress=self.progress)
+            return apply(
+                stream, root, record=record, devices=self.devices, verified=self.verified, progress=self.progress
+            )
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:

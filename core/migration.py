@@ -64,7 +64,7 @@ def _copy(source: Store, target: Store, layer: Layer) -> None:
     size = layer.size_limit if limited else None
     target.prepare(making, layer.parent, labels={**layer.labels, _UNFINISHED: "yes"}, size=size)
     with _diff(source, layer.key) as stream:
-        found = target.apply(making, stream, devices=True).diff_id
+        found = target.apply(making, stream, devices=True, verified=bool(layer.diff_id)).diff_id
     if layer.diff_id and found != layer.diff_id:
         raise Damaged(f"the layer {layer.key!r} has the diff ID {found}, but should have {layer.diff_id}")
     if layer.kind is Kind.ACTIVE:

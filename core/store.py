@@ -274,17 +274,19 @@ class Store:
         stream: BinaryIO,
         *,
         devices: bool = False,
+        verified: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Applied:
         """Apply an OCI layer tar (plain, gzip or zstd) to a writable layer that is not mounted: all of it or nothing.
 
         Args:
             devices: also make devices beyond those that every container has.
+            verified: the caller compares the diff ID with a known one; see `layerfs.apply.apply`.
             progress: is called with the number of further bytes of ``stream`` that were read.
 
         Raises `NotFound`, `FailedPrecondition` (not active, mounted, busy), `BadLayer` naming the entry, `OutOfSpace`.
         """
-        return self._transfer.apply(key, stream, devices=devices, progress=progress)
+        return self._transfer.apply(key, stream, devices=devices, verified=verified, progress=progress)
 
     def unpack(self, layers: Sequence[BlobLayer], *, devices: bool = False) -> None:
         """Make the committed layers of an image, bottom up, under their chain IDs; those that are there stay.

@@ -89,7 +89,9 @@ class Transfer:
         with self._changes(row) as (changes, new), nowhere() as out:
             return write_diff(changes, new, out, contents=contents).diff_id
 
-    def apply(self, key: str, stream: BinaryIO, *, devices: bool, progress: Callable[[int], None] | None) -> Applied:
+    def apply(
+        self, key: str, stream: BinaryIO, *, devices: bool, verified: bool, progress: Callable[[int], None] | None
+    ) -> Applied:
         """Apply an archive to an active layer: on a copy, which takes the layer's place when it is whole."""
         with self._working(key) as row:
             if row.kind is not Kind.ACTIVE:
@@ -108,6 +110,7 @@ class Transfer:
                 repeatable=_seekable(stream),
                 record=self._session.record(copy),
                 devices=devices,
+                verified=verified,
                 progress=progress,
             )
             try:

@@ -106,6 +106,7 @@ class Unpacking:
                 repeatable=True,
                 record=self._session.record(volume),
                 devices=devices,
+                verified=True,
             )
             fillings.append(filling)
             parents.insert(0, name)

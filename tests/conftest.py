@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,3 +42,20 @@ def take_away(root: Path) -> None:
     """The backing of a store, which pytest's own directories would keep for a while."""
     with contextlib.suppress(NotFound):
         Backing(root).destroy()
+
+
+_SLOW = ("aufs", "zfs")  # everything goes through a program in user space there
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"thorough: on {' and '.join(_SLOW)} only where LAYERFS_TEST_ENGINES is all")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("LAYERFS_TEST_ENGINES") == "all":
+        return
+    skip = pytest.mark.skip(reason="takes long on this driver: nox -s engines runs it")
+    for item in items:
+        is_marked = item.get_closest_marker("thorough") is not None
+        if is_marked and isinstance(item, pytest.Function) and set(_SLOW).intersection(item.callspec.params.values()):
+            item.add_marker(skip)

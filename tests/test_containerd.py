@@ -121,6 +121,7 @@ def test_a_container_runs_on_an_imported_image(containerd: Containerd) -> None:
     assert len(containerd.snapshots()) == 2
 
 
+@pytest.mark.thorough
 def test_several_containers_at_once(containerd: Containerd) -> None:
     def run(number: int) -> str:
         script = f"echo {number} > /data/file; ls /data; cat /data/file"
@@ -174,6 +175,7 @@ def test_containers_outlive_the_server(containerd: Containerd) -> None:
     assert len(containerd.snapshots()) == 2
 
 
+@pytest.mark.thorough
 def test_a_server_killed_in_the_middle_of_an_unpack_can_go_on(containerd: Containerd) -> None:
     layers = [tar_of({f"d{n}": None, f"d{n}/f": bytes([n]) * 200_000, "last": b"%d\n" % n}) for n in range(12)]
     name = "docker.io/library/deep:test"

@@ -55,9 +55,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
         installed(store)
         with open(place / "changes.tar", "wb") as out:
             store.diff("installed", out)
-        yield Recorded(
-            place / "changes.tar", str(store.stat("installed").diff_id), list(store.changes("installed"))
-        )
+        yield Recorded(place / "changes.tar", str(store.stat("installed").diff_id), list(store.changes("installed")))
 
 
 def opened(place: Path, driver: str) -> Iterator[Store]:
@@ -111,7 +109,8 @@ def test_apt_get_in_a_chroot_is_a_layer_like_any_other(store: Store, recorded: R
     assert layers_of(tmp_path / "exported") == [*below, store.stat("installed").diff_id]
     for other in opened(tmp_path / "other", "overlay2"):
         [again] = other.images.import_(tmp_path / "exported", name="again")
-        with other.mounted(other.view("look", again.name) and "look") as root:
+        other.view("look", again.name)
+        with other.mounted("look") as root:
             assert greeting(root) == "Hello, world!\n"
 
     store.prepare("again", "debian")

@@ -25,6 +25,7 @@ from layerfs import registry
 from layerfs.driver import Capability
 from layerfs.store import Store
 from layerfs.testing.engines import Served, layerfs, program, wait_until
+from layerfs.testing.guests import every_driver
 
 grpc = pytest.importorskip("grpc", reason="layerfs[serve] is not installed")
 
@@ -57,7 +58,7 @@ class Client:
         return [info.name for block in self.list(filters=filters) for info in block.info]
 
 
-@pytest.fixture(scope="module", params=registry.names())
+@pytest.fixture(scope="module", params=every_driver())
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("served")
     probe = registry.load(request.param).probe(place)

@@ -72,7 +72,7 @@ class Scale:
                 [2.0**k for k in range(math.ceil(math.log2(self.low) - 1e-9), _floor2(self.high) + 1)], most
             )
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for steps in ((1, 2, 5), (1,)):
+        for steps in ((1, 2, 5), (1, 3), (1,)):
             found = [step * 10.0**k for k in powers for step in steps]
             found = [value for value in found if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
             if len(found) <= most:

@@ -192,7 +192,7 @@ def latencies(machine: Machine) -> Panel:
         if not courses or len(pictures) >= _MOST_PICTURES:
             continue
         rightmost = max(point.x for course in courses for point in course.points)
-        ticks = [place for place in (0.0, math.log10(2), 1.0, 2.0, 3.0, 4.0, 5.0) if place <= rightmost]
+        ticks = [place for place in (math.log10(2), 1.0, 2.0, 3.0, 4.0, 5.0) if place <= rightmost]
         unit = f"latency of one operation in {name.split(':')[0]}"
         pictures["latency-" + _slug(name)] = plots.lines(
             name[:1].upper() + name[1:],

@@ -232,7 +232,7 @@ class _Body(io.RawIOBase):
                 pass
 
 
-class _Chunked:
+class _Chunked(io.RawIOBase):
     """Takes a tar and sends it in chunks. The answer begins with the first of them, so that an early error is told."""
 
     def __init__(self, handler: _Handler) -> None:
@@ -240,7 +240,10 @@ class _Chunked:
         self._waiting = bytearray()
         self.begun = False
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
         """Send data, or keep it until there is more."""
         self._waiting += data
         if len(self._waiting) >= _CHUNK:

@@ -47,11 +47,15 @@ class TarReader:
     Args:
         next_block: gives the stream's bytes in pieces of any size, empty at the end.
         tee: is given every byte of the archive that is not payload, in order, and payload that nobody asked for.
+        end_mark: refuse an archive that ends after an entry without a block of zeros, as one that was cut off.
     """
 
-    def __init__(self, next_block: Callable[[], bytes], tee: Callable[[bytes], None] | None = None) -> None:
+    def __init__(
+        self, next_block: Callable[[], bytes], tee: Callable[[bytes], None] | None = None, *, end_mark: bool = True
+    ) -> None:
         self._next_block = next_block
         self._tee = tee
+        self._end_mark = end_mark
         self._block = b""
         self._at = 0
         self._left = 0  # payload of the current entry that was not read
@@ -69,6 +73,8 @@ class TarReader:
             if self._padding:
                 self._take(self._padding)
                 self._padding = 0
+            if not self._end_mark and self._name and extended is None and self._ended():
+                return
             block = self._take(BLOCK)
             if block == ZEROS:
                 if extended is not None:
@@ -254,6 +260,14 @@ class TarReader:
         if not self._block:
             where = f"in {label(self._name)}" if self._name else "before its first entry"
             raise BadLayer(f"the layer is cut off {where} (after {self.size} bytes)")
+
+    def _ended(self) -> bool:
+        """Whether the stream has no more bytes."""
+        if self._at == len(self._block):
+            self.size += len(self._block)
+            self._block = self._next_block()
+            self._at = 0
+        return not self._block
 
     def _take(self, size: int) -> bytes:
         """The next ``size`` bytes, which are no payload."""

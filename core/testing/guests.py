@@ -17,6 +17,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
+
+from layerfs import registry
+from layerfs.backings import thinpool
 
 _REPORTS, _TESTS = "--guest-reports", "--guest-tests"
 _TIMEOUT = 1800  # seconds for all tests together
@@ -24,6 +28,20 @@ _PLACE = "/var/tmp"  # noqa: S108 - a plain file system of the guest's own
 _UNFIT = 3  # the exit code of EnvironmentUnfit
 
 _guests = pytest.StashKey[dict[str, "_Guest"]]()
+
+
+def has_thin_pools() -> bool:
+    """Whether this kernel has what the driver devicemapper needs."""
+    return thinpool.missing() is None
+
+
+def every_driver() -> list[ParameterSet]:
+    """The names of all drivers, as parameters; tests of what this kernel lacks run in a guest that has it."""
+    in_guest = pytest.mark.guest("uml", unless=has_thin_pools)
+    return [
+        pytest.param(name, marks=[in_guest] if "thinpool" in registry.load(name).needs.filesystems else [])
+        for name in registry.names()
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -146,6 +164,8 @@ class _Guest:
                 self._reports.seek(start)
                 return
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+            if isinstance(report.longrepr, list):  # where a test was skipped; JSON knows no tuples
+                report.longrepr = tuple(report.longrepr)
             self._found[report.nodeid].append(report)
 
     def _unreported(self, item: pytest.Item) -> pytest.TestReport:
