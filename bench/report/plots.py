@@ -14,7 +14,7 @@ from layerfs.bench.statistics import Interval
 
 WIDTH = 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 12.0, 22.0, 34.0
-_LEGEND_LINE, _ROW = 17.0, 18.0
+_LEGEND_LINE, _ROW, _ASIDE = 17.0, 18.0, 3.0
 
 
 class Point(NamedTuple):
@@ -91,8 +91,10 @@ def lines(title: str, x: Axis, y: Axis, courses: Sequence[Line], marks: Sequence
                 class_="dim small",
             )
         )
-    for course in sorted(courses, key=lambda course: not course.theirs):
-        parts += _course(course, xs, ys, x.format, y.format)
+    ours = [course for course in courses if not course.theirs]
+    for course in [*(course for course in courses if course.theirs), *ours]:
+        aside = (ours.index(course) - (len(ours) - 1) / 2) * _ASIDE if course.marks and course in ours else 0.0
+        parts += _course(course, xs, ys, aside, x.format, y.format)
     return svg.picture(WIDTH, height, title, *parts)
 
 
@@ -112,25 +114,26 @@ def _grid(xs: Scale, ys: Scale, x: Axis, y: Axis) -> list[Element]:
     return parts
 
 
-def _course(course: Line, xs: Scale, ys: Scale, x: Format, y: Format) -> list[Element]:
+def _course(course: Line, xs: Scale, ys: Scale, aside: float, x: Format, y: Format) -> list[Element]:
+    """``aside``: moved so far to the right, so that equal values do not hide each other."""
     number = svg.colour(course.target)
     points = sorted(course.points, key=lambda point: point.x)
-    places = [(xs.place(p.x), ys.place(p.y.middle)) for p in points]
+    across = [xs.place(p.x) + aside for p in points]
+    places = [(at, ys.place(p.y.middle)) for at, p in zip(across, points, strict=True)]
     if course.steps:
         places = [at for a, b in zip(places, [*places[1:], places[-1]], strict=True) for at in (a, (b[0], a[1]))]
     if course.theirs:
         return [svg.path(places, f"theirs d{number}")]
     parts = []
     if len(points) > 1:
-        upper = [(xs.place(p.x), ys.place(p.y.high)) for p in points]
-        lower = [(xs.place(p.x), ys.place(p.y.low)) for p in points]
+        upper = [(at, ys.place(p.y.high)) for at, p in zip(across, points, strict=True)]
+        lower = [(at, ys.place(p.y.low)) for at, p in zip(across, points, strict=True)]
         if upper != lower:
             parts.append(svg.path([*upper, *reversed(lower)], f"ribbon f{number}", closed=True))
         variant = " variant" if svg.is_hollow(course.target) else ""
         parts.append(svg.path(places, f"line d{number}{variant}"))
     if course.marks:
-        for p in points:
-            at = xs.place(p.x)
+        for at, p in zip(across, points, strict=True):
             parts.append(svg.line(at, ys.place(p.y.low), at, ys.place(p.y.high), f"whisker d{number}"))
             words = f"{course.target}, {x(p.x)}: {y(p.y.middle)} ({y(p.y.low)} to {y(p.y.high)})"
             parts.append(svg.marker(course.target, at, ys.place(p.y.middle), words, 3.5))
