@@ -33,12 +33,13 @@ from layerfs.bench.profiles import PROFILES
 from layerfs.bench.scratch import StoreTarget
 from layerfs.bench.target_name import AGAIN
 from layerfs.bench.workload import Workload
+from layerfs.cli import app
 from layerfs.errors import InvalidArgument
 from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
 _MATRIX = ("copyup-first-write", "diff-apply", "layer-lifecycle")
-_SMALL: Mapping[str, object] = {"files": 200, "repetitions": 5, "parent_size": 1 << 20}
+_SMALL: Mapping[str, object] = {"files": 100, "repetitions": 5, "parent_size": 1 << 20}
 """Parameters of those workloads, which make a trial short; a fault adds a part of what there is all the same."""
 
 
@@ -164,7 +165,7 @@ class Outcome:
 @click.option("--driver", default="overlay2", show_default=True)
 @click.option("--size", default="4M", show_default=True, help="Of the large file.")
 @click.option(
-    "--rounds", type=click.IntRange(5), default=12, show_default=True, help="Samples of each side in a trial."
+    "--rounds", type=click.IntRange(5), default=10, show_default=True, help="Samples of each side in a trial."
 )
 @click.option("--quiet-trials", default=50, show_default=True, help="Trials with nothing changed.")
 @click.option("--fault-trials", default=10, show_default=True, help="Trials of every fault.")
@@ -300,4 +301,4 @@ def _earlier(file: Path, settings: Settings) -> list[Outcome]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(app.main(main))

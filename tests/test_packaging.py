@@ -74,6 +74,17 @@ def test_the_wheel_says_that_it_is_typed_and_under_which_licence(installed: Path
     assert "License-Expression: Apache-2.0" in (metadata / "METADATA").read_text()
 
 
+def test_the_wheel_has_every_file_of_data(source: Path, installed: Path) -> None:
+    expected = {
+        f"{package}/{file.relative_to(source / room)}"
+        for room, package in ROOMS.items()
+        for pattern in ("*.css", "*.csv", "*.toml")
+        for file in (source / room).rglob(pattern)
+    }
+    assert "layerfs/bench/report/page.css" in expected
+    assert not [name for name in expected if not (installed / name).is_file()]
+
+
 def test_entry_points_resolve_to_what_they_name(installed: Path) -> None:
     program = """
 import sys

@@ -160,14 +160,17 @@ for _commands in _TOPICS.values():
 cli.add_command(shell.completion)
 
 
-def main() -> int:
+def main(command: click.Command | None = None) -> int:
     """Run the command line of this process and return its exit code. Errors are one line on the standard error.
+
+    Args:
+        command: instead of the program's own (a module that is run with ``python -m``).
 
     The process is to end then: it ignores SIGINT and SIGTERM from there on.
     """
     with _termination_as_interrupt():
         try:
-            code = cli.main(prog_name="layerfs", standalone_mode=False)
+            code = (command or cli).main(prog_name=None if command else "layerfs", standalone_mode=False)
         except click.exceptions.Exit as end:
             return end.exit_code
         except click.ClickException as error:
