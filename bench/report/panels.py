@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
@@ -195,7 +196,7 @@ def latencies(machine: Machine) -> Panel:
         ticks = [place for place in (math.log10(2), 1.0, 2.0, 3.0, 4.0, 5.0) if place <= rightmost]
         unit = f"latency of one operation in {name.split(':')[0]}"
         pictures["latency-" + _slug(name)] = plots.lines(
-            name[:1].upper() + name[1:],
+            name,
             Axis("operations that took no longer", _share, ticks=ticks),
             Axis(f"{unit}; lower is better", axes.seconds, log=True),
             courses,
@@ -233,7 +234,7 @@ def cache_sharing(machine: Machine) -> Panel:
 
 def density(machine: Machine) -> Panel:
     """Many layers made and mounted one after the other, then taken down."""
-    figures = machine.of("start-stop-density")
+    figures = _by_size(machine.of("start-stop-density"))
     if not figures:
         wanted = "layerfs bench --driver all --profile full --workload start-stop-density"
         return Panel("density", "Many layers", wanted=wanted)
@@ -287,7 +288,7 @@ def course(machine: Machine) -> Panel:
         ]
         marks = {place[one.runs[n].started.timestamp()]: one.target for one in courses for n in one.changes}
         pictures["history-" + _slug(first.name)] = plots.lines(
-            first.name[:1].upper() + first.name[1:],
+            first.name,
             Axis("runs, the oldest first", axes.number),
             Axis("time; lower is better", axes.seconds, log=True),
             shown,
@@ -342,9 +343,10 @@ def _courses(figures: Iterable[Figure], x: object, y: object) -> list[Line]:
 
 
 def _by_size(figures: Sequence[Figure]) -> list[Figure]:
-    """Those of the largest size."""
-    largest = max((figure.size for figure in figures), default=0)
-    return [figure for figure in figures if figure.size == largest]
+    """Those of the size with the most figures, of several such the largest."""
+    count = Counter(figure.size for figure in figures)
+    best = max(count, key=lambda size: (count[size], size), default=0)
+    return [figure for figure in figures if figure.size == best]
 
 
 def _percentiles(latencies: Mapping[float, int]) -> list[Point]:

@@ -46,7 +46,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
     """
     driver = GraphDriver(store)
     given = listening.handed_over()
-    with listening.stop_signals() as stop:
+    with listening.stop_signals() as wait_for_stop:
         if given is None:
             with listening.private(socket):
                 server = _Server(str(socket), driver, requests)
@@ -58,7 +58,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             threading.Thread(target=server.serve_forever, daemon=True, name="listen").start()
             listening.notify("READY=1")
             log.info("ready: %s on %s at %s", store.driver.name, store.root, socket)
-            stop.wait()
+            wait_for_stop()
             listening.notify("STOPPING=1")
             log.info("stopping; requests under way are finished")
             server.shutdown()
