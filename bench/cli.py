@@ -38,7 +38,7 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 @click.command()
 @click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
-@click.option("--profile", type=click.Choice(list(PROFILES)), default="default", show_default=True, help="How much.")
+@click.option("--profile", type=click.Choice(list(PROFILES)), help="How much [default: default; in guests: guest].")
 @click.option("--size", help="Size of the large file, such as 64M or 1G; several with commas [default: 256M].")
 @click.option("--workload", "names", multiple=True, help="Only this workload; may be repeated, or given with commas.")
 @click.option("--output", type=click.Path(path_type=Path), help="The run file [default: in ./results if it is there].")
@@ -62,7 +62,7 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 @click.option("--list", "listing", is_flag=True, help="List the workloads and end.")
 def bench(
     drivers: str,
-    profile: str,
+    profile: str | None,
     size: str | None,
     names: tuple[str, ...],
     output: Path | None,
@@ -88,12 +88,13 @@ def bench(
     Profiles:
       smoke    a few workloads on small files, below a minute
       default  plain I/O, copy-up, the life of layers, diff and apply, until intervals are narrow or time is spent
+      guest    what tells most of that, to a wider interval: guest kernels are slow
       full     every workload with every size and parameter; when it was stopped, the same command goes on
     """
     if listing:
         _list(as_json)
         return None
-    usual = PROFILES[profile]
+    usual = PROFILES[profile or ("guest" if guest or layerfs.guest.here() else "default")]
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
     if guest:
         return in_guest("bench", guest, max(sizes), output, scratch)

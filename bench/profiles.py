@@ -42,6 +42,9 @@ PROFILES: Mapping[str, Profile] = {
         0.05,
         60,
     ),
+    "guest": Profile(
+        (256 * _MIB,), ("seqwrite-new", "seqread-lower", "copyup-first-write", "layer-lifecycle", "diff-apply"), 0.1, 20
+    ),
     "full": Profile(
         tuple(size * _MIB for size in (1, 8, 16, 32, 64, 256, 512, 1024)), (), 0.03, None, sweeps=True, resumes=True
     ),

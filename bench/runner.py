@@ -136,7 +136,7 @@ def run(
         failed = _Failed(plan.goes_on)
         targets = []
         for name in plan.targets:
-            with failed.noted(name):
+            with failed.noted(name, once=False):
                 targets.append(scratch.target(name, plan.filesystem, plan.backing_size))
         _build(plan, targets, failed, progress)
         samples = list(earlier)
@@ -145,7 +145,6 @@ def run(
             if journal:
                 journal.add(sample)
         facts = fingerprint.take(plan.place, {target.name: target.facts() for target in targets})
-    samples = [sample for sample in samples if not failed.has(sample.workload, sample.target)]
     notes = [*watch.notes(), *_cache_notes(samples)]
     if earlier:
         notes.append(f"the run was stopped and went on: {len(earlier)} of its {len(samples)} samples are older")
@@ -153,24 +152,32 @@ def run(
 
 
 class _Failed:
-    """What failed on which target, and is left out there. Without ``goes_on`` it lets every error pass."""
+    """What failed on which target; failing again, it is left out there. Without ``goes_on`` every error passes."""
 
     def __init__(self, goes_on: bool) -> None:
         self._goes_on = goes_on
+        self._once: set[tuple[str, str]] = set()
+        self._left_out: set[tuple[str, str]] = set()
         self.failures: list[Failure] = []
 
     @contextmanager
-    def noted(self, target: str, *works: Workload) -> Iterator[None]:
-        """Note what the body raises as the failure of these workloads there; of all, where none is named."""
+    def noted(self, target: str, *works: Workload, once: bool = True) -> Iterator[None]:
+        """Note what the body raises as the failure of these workloads there; of all, where none is named.
+
+        What may fail ``once`` is tried a second time, for a sample can fail by what others do to the host.
+        """
         try:
             yield
         except LayerfsError as error:
             if not self._goes_on:
                 raise
-            self.failures += [Failure(target, label, str(error)) for label in [work.label for work in works] or [""]]
+            labels = [work.label for work in works] or [""]
+            self.failures += [Failure(target, label, str(error)) for label in labels]
+            self._left_out.update((target, label) for label in labels if not once or (target, label) in self._once)
+            self._once.update((target, label) for label in labels)
 
     def has(self, work: Workload, target: str) -> bool:
-        return any(failure.target == target and failure.workload in ("", work.label) for failure in self.failures)
+        return not self._left_out.isdisjoint({(target, ""), (target, work.label)})
 
 
 def _check(plan: Plan) -> None:
@@ -201,7 +208,7 @@ def _build(plan: Plan, targets: Sequence[Target], failed: _Failed, progress: Pro
                 bases.setdefault(work.base.key, (work.base, []))[1].append(work)
         for base, works in bases.values():
             progress(f"base layer on {target.name}", 0.0)
-            with failed.noted(target.name, *works):
+            with failed.noted(target.name, *works, once=False):
                 target.build(base)
 
 

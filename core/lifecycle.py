@@ -104,7 +104,7 @@ class Lifecycle:
         if wait:
             self.wait()
         with self._database.transaction():
-            row = self._session.idle(key)
+            row = self._session.removable(key)
             if children := self._database.children(row.number, self._going.copy()):
                 some = ", ".join(map(repr, children[:2])) + (" and more" if len(children) > 2 else "")
                 raise FailedPrecondition(f"cannot remove the layer {key!r}: it has children; remove {some} first")

@@ -70,6 +70,11 @@ class Session:
             raise FailedPrecondition(f"the layer {key!r} is busy: {self.worker(row)}")
         return row
 
+    def removable(self, key: str) -> Row:
+        """As `idle`, or one whose commit failed half-way: where space is short, nothing but removing may help."""
+        row = self.visible(key)
+        return row if row.state is State.SEALING and row.owner == NOBODY else self.idle(key)
+
     def volumes(self, row: Row) -> tuple[str, list[str]]:
         """The volume that shows the layer, and the volumes of its ancestors, nearest first."""
         first, *others = map(named, self.database.ancestry(row.number))

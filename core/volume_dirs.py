@@ -16,6 +16,7 @@ from layerfs import mounts
 from layerfs.errors import FailedPrecondition
 
 _NEW, _CONDEMNED = ".new-", ".rm-"
+_OF_EXT4 = "lost+found"  # in the root of its file systems, and made anew by e2fsck where it was removed
 
 
 class VolumeDirs:
@@ -63,7 +64,7 @@ class VolumeDirs:
         seen: set[str] = set()
         for name in os.listdir(self._root):
             volume = name.removeprefix(_NEW).removeprefix(_CONDEMNED)
-            if not volume.startswith(".") and volume not in seen:
+            if not volume.startswith(".") and volume not in (*seen, _OF_EXT4):
                 seen.add(volume)
                 yield volume
 

@@ -95,6 +95,26 @@ def test_what_the_chosen_driver_is_worse_at_is_said(tmp_path: Path) -> None:
     assert "layerfs bench --driver all --workload randwrite,diff-apply" in text, "and what was not measured"
 
 
+def test_where_not_all_drivers_have_all_figures_the_needs_decide_which_are_compared(tmp_path: Path) -> None:
+    file = _write(
+        tmp_path / "run.json",
+        {
+            "copyup-first-write": {"btrfs": 1.0, "overlay2": 2.0, "vfs": 3.0},
+            "randwrite": {"overlay2": 1.0},
+            "start-stop-density": {"btrfs": 1.0, "overlay2": 1.0},
+        },
+    )
+    large = _answer("--large-files", file)
+    assert [entry["driver"] for entry in large["ranking"]] == ["btrfs", "overlay2", "vfs"]
+    assert [figure["workload"] for figure in large["not_measured"]] == ["randwrite"]
+    both = _answer("--large-files", "--many-containers", file)
+    assert [entry["driver"] for entry in both["ranking"]] == ["btrfs", "overlay2"]
+    assert both["ranking"][0] == {"driver": "btrfs", "ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert "vfs" in both["left_out"]
+    alone = _advise("--small-files", "--elsewhere", file)
+    assert alone.returncode == 3, "one run without any of the figures"
+
+
 def test_drivers_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
     works = {"build-steps": {"btrfs": 1.0, "overlay2": 1.001}, "diff-apply": {"btrfs": 1.0, "overlay2": 1.0}}
     answer = _answer("--builds", _write(tmp_path / "run.json", works))

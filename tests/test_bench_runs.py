@@ -12,16 +12,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from layerfs.bench import calibration, memory, runfile, runner
+from layerfs.bench import calibration, fingerprint, memory, runfile, runner
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
 from layerfs.bench.results import Run
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
-from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.errors import EnvironmentUnfit, InvalidArgument, OutOfSpace
 
 _numbers = itertools.count()
 
@@ -163,3 +164,50 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         assert 0 < float(done.stdout) < 0.67
     finally:
         place.unlink(missing_ok=True)
+
+
+def test_work_is_done_only_where_it_is_wanted(plan: runner.Plan) -> None:
+    works = [Steady(1 << 20, 0), Unsteady(1 << 20, 0)]
+    only = dataclasses.replace(
+        plan, targets=["native", "vfs"], workloads=works, rounds=2, measured_on={"steady": {"vfs"}}
+    )
+    run = _taken(only)
+    counts = {(series.workload.name, series.target): len(series.seconds) for series in run.series()}
+    assert counts == {("steady", "vfs"): 2, ("unsteady", "native"): 2, ("unsteady", "vfs"): 2}
+
+
+@dataclass(frozen=True)
+class Failing(Steady):
+    """Fails on every target but the native one."""
+
+    name = "failing"
+
+    def measure(self, layer: Layer) -> list[Timing]:
+        if layer.target.name != "native":
+            raise OutOfSpace("it is full")
+        return [Timing("step", 1.0)]
+
+
+def test_a_run_that_goes_on_leaves_out_what_fails_again_and_says_so(plan: runner.Plan) -> None:
+    works = [Steady(1 << 20, 0), Failing(1 << 20, 0)]
+    failing = dataclasses.replace(plan, targets=["native", "vfs", "vfs backing=nonesuch"], workloads=works, rounds=4)
+    with pytest.raises(InvalidArgument, match="nonesuch"):
+        _taken(failing)
+    run = _taken(dataclasses.replace(failing, goes_on=True))
+    counts = {(series.workload.name, series.target): len(series.seconds) for series in run.series()}
+    assert counts == {("steady", "native"): 4, ("steady", "vfs"): 4, ("failing", "native"): 4}
+    assert [(f.target, f.workload) for f in run.failures] == [("vfs backing=nonesuch", "")] + [("vfs", "failing")] * 2
+    document = json.loads(json.dumps(runfile.document(run)))
+    assert "it is full" in document["layerfs"]["failures"][1]["reason"]
+
+
+def test_a_target_can_have_options_and_a_backing_of_its_own(plan: runner.Plan) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("making a file system takes root")
+    targets = ["overlay2", "overlay2 volatile=on backing=ext4", "btrfs"]
+    run = _taken(dataclasses.replace(plan, targets=targets, rounds=1, filesystem="dir"))
+    facts: dict[str, Any] = dict(run.fingerprint["targets"])  # type: ignore[call-overload]
+    assert [facts[target]["options"].get("volatile") for target in targets] == [None, "on", None]
+    assert facts[targets[1]]["backing"]["filesystem"] == "ext4"
+    assert facts["btrfs"]["backing"]["filesystem"] == "btrfs", "it works on no other"
+    assert facts["overlay2"]["backing"]["filesystem"] == fingerprint.storage(plan.place)["filesystem"]

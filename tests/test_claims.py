@@ -194,6 +194,17 @@ def test_what_was_not_measured_is_said_with_its_reason() -> None:
     assert "larger --profile" in judge(claim, [_run({}, more=larger)]).reason
 
 
+def test_a_claim_about_one_file_system_is_not_judged_on_another() -> None:
+    (claim,) = catalogue.load(_TEXT.replace("least = 1.5", 'least = 1.5\nbacking = "zfs"')).claims
+    times = {"overlay2": _times(2.0), "btrfs": _STEADY}
+    for filesystem, outcome in (("zfs", Outcome.HOLDS), ("fuse.zfs", Outcome.UNTESTABLE)):
+        run = _run(times)
+        facts = {"targets": {"overlay2": {"backing": {"filesystem": filesystem}}}}
+        found = judge(claim, [dataclasses.replace(run, fingerprint=facts)]).findings[0]
+        assert found.outcome is outcome
+        assert (filesystem in found.reason) == (outcome is Outcome.UNTESTABLE)
+
+
 def test_each_part_is_judged_by_a_run_that_has_both_sides_of_it() -> None:
     (claim,) = catalogue.load(_TEXT).claims
     apart = [_run({"overlay2": _times(2.0)}), _run({"btrfs": _STEADY})]

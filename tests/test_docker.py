@@ -44,6 +44,7 @@ class Docker:
         self.served = Served("docker", driver, place, socket=PLUGINS / f"{self.name}.sock")
         (place / "daemon.json").write_text('{"experimental": true}')
         self.log = place / "dockerd.log"
+        self.client = [DOCKER, "--host", f"unix://{place}/docker.sock"]
         self.command = [
             *("dockerd", "--config-file", str(place / "daemon.json"), "--storage-driver", self.name),
             *("--data-root", str(place / "root"), "--exec-root", str(place / "exec"), "--pidfile", str(place / "pid")),
@@ -57,12 +58,12 @@ class Docker:
 
     def wait(self) -> None:
         """Wait until the daemon answers."""
-        command = [DOCKER, "--host", f"unix://{self.place}/docker.sock", "version"]
+        command = [*self.client, "version"]
         wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, "Docker answers")
 
     def raw(self, *arguments: str | Path, feed: bytes = b"", code: int = 0) -> bytes:
         """Run the client; what it prints."""
-        command = [DOCKER, "--host", f"unix://{self.place}/docker.sock", *map(str, arguments)]
+        command = [*self.client, *map(str, arguments)]
         environment = os.environ | {"DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self.place / "client")}
         done = subprocess.run(
             command, input=feed, capture_output=True, check=False, timeout=120, env=environment, cwd=self.place
@@ -125,7 +126,7 @@ def test_a_container_runs(docker: Docker) -> None:
 
 @pytest.mark.thorough
 def test_the_life_of_a_container(docker: Docker) -> None:
-    loop = "echo started; trap 'exit 3' TERM; while true; do sleep 0.1; done"
+    loop = "echo started; trap 'exit 3' TERM; while true; do sleep 0.1; test ! -e /speak || echo tick; done"
     docker("create", "--network", "none", "--name", "life", IMAGE, "/bin/sh", "-c", loop)
     docker("start", "life")
     wait_until(lambda: docker("logs", "life") == "started", "the container speaks")
@@ -133,13 +134,19 @@ def test_the_life_of_a_container(docker: Docker) -> None:
     docker("restart", "life")
     assert docker("exec", "life", "/bin/cat", "/kept") == "kept"
     assert "life" in docker("ps", "--format", "{{.Names}}").split()
-    docker("stop", "life")
+    with subprocess.Popen([*docker.client, "attach", "--no-stdin", "life"], stdout=subprocess.PIPE) as attached:
+        docker("exec", "life", "/bin/touch", "/speak")
+        assert attached.stdout is not None
+        assert attached.stdout.readline() == b"tick\n"
+        docker("stop", "life")
+        attached.communicate(timeout=60)
+    assert attached.returncode == 3
     assert docker("inspect", "--format", "{{.State.ExitCode}}", "life") == "3"
     docker("start", "life")
     docker("kill", "life")
     assert docker("inspect", "--format", "{{.State.Status}}", "life") == "exited"
     size = json.loads(docker("inspect", "--size", "life"))[0]
-    assert size["SizeRw"] == len("kept\n")
+    assert size["SizeRw"] == len("kept\n")  # and the empty file
     docker("rm", "life")
 
 

@@ -146,7 +146,7 @@ def test_tars_go_both_ways_and_come_back_byte_by_byte(client: Client) -> None:
     assert client("DiffSize", ID="base")["Size"] == 303_000
     client("Create", ID="top", Parent="base")
     client.apply("top", "base", tar_of({"etc/.wh.a": b"", "etc/b": b"two"}))
-    assert client.changes("top", "base") == {("/etc/a", 2), ("/etc/b", 1)}
+    assert client.changes("top", "base") == {("/etc", 0), ("/etc/a", 2), ("/etc/b", 1)}
     place = Path(client("Get", ID="top")["Dir"])
     assert os.listdir(place / "etc") == ["b"]
     client("Put", ID="top")

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -74,29 +74,27 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.param)
 
 
-def run(program: Path, *arguments: str, **environment: str) -> str:
-    """Run a suite; what it says."""
-    command = [str(program), "-test.v", *arguments]
+def run(*command: str | Path, known: Collection[str] = (), **environment: str) -> Mapping[str, str]:
+    """Run a suite, in which tests that are ``known`` to fail may do so; how each test ended."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-    failed = re.findall(r"^ *--- FAIL: (\S+)", done.stdout, re.MULTILINE)
-    assert done.returncode == 0, (failed, done.stdout[-6000:], done.stderr[-2000:])
-    return done.stdout
-
-
-def results(said: str) -> Mapping[str, str]:
-    """How each test of a suite ended."""
-    return {name: how for how, name in re.findall(r"^ *--- (PASS|FAIL|SKIP): (\S+)", said, re.MULTILINE)}
+    found = {name: how for how, name in re.findall(r"^ *--- (PASS|FAIL|SKIP): (\S+)", done.stdout, re.MULTILINE)}
+    failed = {name for name, how in found.items() if how == "FAIL"}
+    if not failed.issubset(known) or (done.returncode and not failed):
+        noise = re.compile(r".*: unmount /|=== | *--- PASS")
+        said = [line for line in done.stdout.splitlines() if not noise.match(line)]
+        pytest.fail("\n".join([*said[-100:], done.stderr[-2000:]]), pytrace=False)
+    return found
 
 
 def test_containerds_suite_for_snapshotters(suites: Suites, driver: str, tmp_path: Path) -> None:
-    said = run(
-        suites.built("snapshotter"),
+    # In a mount namespace of its own, for copies of its mounts in others' sandboxes would keep layers busy.
+    found = run(
+        *("unshare", "--mount", suites.built("snapshotter"), "-test.v"),
         *("-test.root", "-test.parallel", "2", "-test.timeout", "50m"),
         LAYERFS_COMMAND="\n".join(program()),
         LAYERFS_DRIVER=driver,
         TMPDIR=str(tmp_path),
     )
-    found = results(said)
     assert found["TestSuite/128LayersMount"] == "PASS"
     # The suite itself leaves this one out.
     assert [name for name, how in found.items() if how == "SKIP"] == ["TestSuite/Rename"]
@@ -107,13 +105,19 @@ def test_dockers_suite_for_graph_drivers(suites: Suites, driver: str, tmp_path: 
     with Store(served.root, driver) as store:
         limits = bool(store.driver.capabilities & Capability.SIZE_LIMIT)
     served.start()
+    # zfs-fuse makes directories without their sticky bit.
+    known = {"TestCreateBase", "TestCreateSnap"} if driver == "zfs" and not Path("/sys/module/zfs").exists() else ()
     try:
-        said = run(
-            suites.built("graphdriver"), SOCKET=str(served.socket), QUOTA="1" if limits else "", TMPDIR=str(tmp_path)
+        found = run(
+            suites.built("graphdriver"),
+            "-test.v",
+            SOCKET=str(served.socket),
+            known=known,
+            QUOTA="1" if limits else "",
+            TMPDIR=str(tmp_path),
         )
     finally:
         code = served.stop()
     assert code == 0
-    found = results(said)
     assert {name for name, how in found.items() if how == "SKIP"} == (set() if limits else {"TestQuota"})
     assert {"TestDeepLayers", "TestDiffApply", "TestChanges"} <= set(found)

@@ -96,7 +96,8 @@ class Advice:
         self.chosen = chosen
         self.run = run
         self.ranking = ranking
-        self.left_out = {**left_out, **dict.fromkeys(ranking.incomplete, "it lacks figures that others have")}
+        self.refused = left_out
+        self.left_out = {**left_out, **dict.fromkeys(ranking.incomplete, "it lacks figures that the others have")}
 
     def document(self) -> dict[str, object]:
         """For programs."""
@@ -136,7 +137,9 @@ class Advice:
         if self.ranking.missing:
             what = ", ".join(figure.shows for figure in self.ranking.missing)
             lines.append(
-                Text(f"Not measured in this run: {what}; to measure: {command(self.ranking.missing)}", "yellow")
+                Text(
+                    f"Not measured of all these drivers: {what}; to measure: {command(self.ranking.missing)}", "yellow"
+                )
             )
         source = f"By {self.run.name}, measured {self.run.started[:16].replace('T', ' ')}."
         return Group(*lines[:1], self._table(), *lines[1:], Text(source, "dim"))
@@ -203,7 +206,7 @@ def _best(
         reasons = _refused(run, left_out, required)
         allowed = {target for target in run.fingerprint["targets"] if target in registry.names()} - set(reasons)
         advices.append(Advice(chosen, run, rank(chosen, run, allowed), reasons))
-    usable = [a for a in advices if len(a.ranking.drivers) > 1 or (a.ranking.drivers and a.left_out)]
+    usable = [a for a in advices if len(a.ranking.drivers) > 1 or (a.ranking.drivers and a.refused)]
     if not usable:
         wanted = command(figure for need in chosen for figure in need.figures)
         reasons = {driver: reason for advice in advices for driver, reason in advice.left_out.items()}
@@ -212,7 +215,7 @@ def _best(
             f"no run file has figures of drivers to choose from for that{why}; measure first: {wanted}, and then "
             "layerfs advise again, with that file"
         )
-    return min(usable, key=lambda advice: len(advice.ranking.missing))
+    return min(usable, key=lambda advice: (len(advice.ranking.missing), -len(advice.ranking.drivers)))
 
 
 def _refused(run: Evidence, left_out: Mapping[str, str], required: Sequence[str]) -> dict[str, str]:

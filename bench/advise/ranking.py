@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -39,8 +40,8 @@ class Ranking:
         drivers: the best one first.
         overall: by driver, how many times as much it takes as the best one (geometric mean over needs).
         measured: the figures behind it.
-        missing: what the needs would be judged by as well, and the run has not.
-        incomplete: drivers that lack a figure which others have.
+        missing: what the needs would be judged by as well, and the run does not have of all these drivers.
+        incomplete: drivers that lack a figure which these have.
     """
 
     drivers: Sequence[str]
@@ -62,18 +63,28 @@ class Ranking:
 
 def rank(needs: Sequence[Need], run: Evidence, allowed: Collection[str]) -> Ranking:
     """Rank the drivers of a run that are ``allowed``; there may be none left."""
-    found = [(need, figure, _samples(figure, run, allowed)) for need in needs for figure in need.figures]
-    missing = [figure for _, figure, samples in found if not samples]
-    measured = [Measured(need.id, figure, samples) for need, figure, samples in found if samples]
-    everywhere = {driver for one in measured for driver in one.samples}
-    complete = [driver for driver in sorted(everywhere) if all(driver in one.samples for one in measured)]
-    if not complete:
-        return Ranking([], {}, measured, missing, sorted(everywhere))
-    weights = _weights(measured)
-    first = complete[0]
-    order = sorted(complete, key=lambda driver: _overall(measured, weights, driver, first).middle)
+    found = [Measured(need.id, figure, _samples(figure, run, allowed)) for need in needs for figure in need.figures]
+    everywhere = {driver for one in found for driver in one.samples}
+    compared = _compared(found, everywhere)
+    measured = [one for one in found if compared and compared <= set(one.samples)]
+    missing = [one.figure for one in found if one not in measured]
+    if not measured:
+        return Ranking([], {}, [], missing, sorted(everywhere))
+    weights, first = _weights(measured), min(compared)
+    order = sorted(compared, key=lambda driver: _overall(measured, weights, driver, first).middle)
     overall = {driver: _overall(measured, weights, driver, order[0]) for driver in order}
-    return Ranking(order, overall, measured, missing, sorted(everywhere - set(complete)))
+    return Ranking(order, overall, measured, missing, sorted(everywhere - compared))
+
+
+def _compared(found: Sequence[Measured], drivers: Collection[str]) -> frozenset[str]:
+    """Where not all have all figures: several drivers, for as many needs as can be, and then as many as can be."""
+
+    def worth(some: frozenset[str]) -> tuple[bool, int, int, int]:
+        common = [one.need for one in found if some <= set(one.samples)]
+        return len(some) > 1 and bool(common), len(set(common)), len(some), len(common)
+
+    some = [frozenset(names) for size in range(1, len(drivers) + 1) for names in combinations(sorted(drivers), size)]
+    return max(some, key=worth, default=frozenset())
 
 
 def _weights(measured: Sequence[Measured]) -> list[float]:
@@ -83,6 +94,8 @@ def _weights(measured: Sequence[Measured]) -> list[float]:
 
 
 def _overall(measured: Sequence[Measured], weights: Sequence[float], driver: str, best: str) -> Interval:
+    if driver == best:
+        return Interval(1.0, 1.0, 1.0)
     pairs = [(one.samples[driver], one.samples[best]) for one in measured]
     return statistics.mean_ratio(pairs, weights)
 

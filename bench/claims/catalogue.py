@@ -69,6 +69,7 @@ class Test:
         shows: that part, in words.
         over: the other figure, or a number in the figure's own unit; a name of a `Scale` stands for its value.
         least, most: the ratio's bounds; None for no bound.
+        backing: the file system that the first figure's target has to stand on, as the kernel calls it; "" for any.
     """
 
     shows: str
@@ -76,6 +77,7 @@ class Test:
     over: Cell | int | str
     least: float | None
     most: float | None
+    backing: str = ""
 
     @property
     def cells(self) -> list[Cell]:
@@ -99,7 +101,7 @@ class Claim:
         refuted: what would refute it.
         tests: its parts. The first one's ratio is set beside the source's own figure.
         cannot: why it cannot be tested here at all; "" where it can.
-        note: what a reader of the verdict has to know of the drivers and workloads that it rests on.
+        notes: what a reader of the verdict has to know of the drivers and workloads that it rests on.
     """
 
     id: str
@@ -109,7 +111,7 @@ class Claim:
     refuted: str
     tests: Sequence[Test]
     cannot: str
-    note: str
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def _claim(entry: Mapping[str, Any], notes: Mapping[str, str]) -> Claim:
     except KeyError as error:
         raise InvalidArgument(f"the claim {entry.get('id')!r} lacks {error}") from error
     used = {name for test in tests for cell in test.cells for name in (driver_of(cell.target), cell.workload)}
-    note = "; ".join(text for name, text in notes.items() if name in used)
-    return Claim(**words, tests=tests, cannot=entry.get("cannot", ""), note=note)
+    own = [text for name, text in notes.items() if name in used]
+    return Claim(**words, tests=tests, cannot=entry.get("cannot", ""), notes=own)
 
 
 def _tests(common: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Test]:
@@ -163,8 +165,14 @@ def _tests(common: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Test
     for target in targets:
         over = given["over"]
         other = _cell({**common, "target": target, **over}) if isinstance(over, dict) else over
-        shows = given["shows"].replace("{target}", target)
-        yield Test(shows, _cell({**one, "target": target}), other, given.get("least"), given.get("most"))
+        yield Test(
+            shows=given["shows"].replace("{target}", target),
+            of=_cell({**one, "target": target}),
+            over=other,
+            least=given.get("least"),
+            most=given.get("most"),
+            backing=given.get("backing", ""),
+        )
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:

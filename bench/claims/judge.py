@@ -113,19 +113,25 @@ def _of_runs(test: Test, runs: Sequence[Evidence]) -> Finding:
 
 
 def _of_run(test: Test, run: Evidence) -> Finding:
-    figures = []
-    for cell in test.cells:
-        samples = run.samples(cell)
-        if samples is None:
-            why = hindrance(cell, run.scale, run.left_out) or run.failure(cell) or f"{run.name} has no {cell}"
-            return Finding(test, Outcome.UNTESTABLE, why)
-        figures.append(samples)
+    figures = [samples for samples in map(run.samples, test.cells) if samples]
+    if len(figures) < len(test.cells):
+        return Finding(test, Outcome.UNTESTABLE, _missing(test, run))
+    if test.backing and (found := run.backing(test.of.target)) != test.backing:
+        why = f"it takes {test.backing}, and {test.of.target} stood on {found or 'something unknown'} in {run.name}"
+        return Finding(test, Outcome.UNTESTABLE, why)
     reference = figures[1] if len(figures) == 2 else [float(number(_constant(test), run.scale))]
     if min(map(min, (figures[0], reference))) <= 0:
         return Finding(test, Outcome.UNCLEAR, f"{test.of.figure} was 0 on one side, which has no ratio", None, run.name)
     ratio = statistics.ratio(figures[0], reference)
     outcome = decide(figures[0], reference, test, ratio)
     return Finding(test, outcome, f"{_number(ratio)}, {_asked(test)}", ratio, run.name)
+
+
+def _missing(test: Test, run: Evidence) -> str:
+    """Why one side or both were not measured: what hindered either is told before what is only not there."""
+    reasons = [hindrance(cell, run.scale, run.left_out) or run.failure(cell) for cell in test.cells]
+    absent = [f"{run.name} has no {cell}" for cell in test.cells if not run.samples(cell)]
+    return next((reason for reason in reasons if reason), "") or "; ".join(absent)
 
 
 def decide(samples: Sequence[float], reference: Sequence[float], test: Test, ratio: Interval) -> Outcome:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from layerfs.bench.claims.catalogue import Claim
 from layerfs.bench.claims.evidence import Evidence
-from layerfs.bench.claims.judge import Finding, Judgement, Verdict, figure
+from layerfs.bench.claims.judge import Finding, Judgement, Outcome, Verdict, figure
 from layerfs.bench.statistics import Interval
 
 FORMAT = 1
@@ -25,6 +25,8 @@ _COLOURS = {
     Verdict.UNCLEAR: "magenta",
     Verdict.UNTESTABLE: "dim",
 }
+_MARKS = {Outcome.HOLDS: "✓", Outcome.FAILS: "✗", Outcome.UNCLEAR: "?", Outcome.UNTESTABLE: "–"}
+_OUTCOMES = {Outcome.HOLDS: "green", Outcome.FAILS: "red", Outcome.UNCLEAR: "magenta", Outcome.UNTESTABLE: "dim"}
 
 
 def render(judgements: Sequence[Judgement]) -> Group:
@@ -38,14 +40,11 @@ def render(judgements: Sequence[Judgement]) -> Group:
             Text.assemble((claim.id, "bold"), f"\n{claim.says} ", (f"({claim.source})", "dim")),
             Text(claim.theirs),
             Text(_interval(judgement.ours)),
-            Text.assemble(
-                (judgement.verdict.value, f"bold {_COLOURS[judgement.verdict]}"),
-                f"\n{judgement.reason}",
-                (f"\n{claim.note}" if judgement.findings and claim.note else "", "dim"),
-            ),
+            Text.assemble((judgement.verdict.value, f"bold {_COLOURS[judgement.verdict]}"), *_lines(judgement)),
         )
     explained = "ours: ratio of medians with its 95 % interval, of the first thing that the claim says"
-    return Group(table, Text(explained, "dim"), Text(summary(judgements)))
+    notes = dict.fromkeys(note for judgement in judgements if judgement.findings for note in judgement.claim.notes)
+    return Group(table, *(Text(f"{note}.", "dim") for note in (explained, *notes)), Text(summary(judgements)))
 
 
 def summary(judgements: Sequence[Judgement]) -> str:
@@ -82,6 +81,18 @@ def listed(claims: Sequence[Claim]) -> list[dict[str, object]]:
     ]
 
 
+def _lines(judgement: Judgement) -> list[str | tuple[str, str]]:
+    """What became of each part; those that could not be tested for one reason are told once."""
+    if not judgement.findings:
+        return [f"\n{judgement.reason}"]
+    lines: dict[str, str] = {}
+    for finding in judgement.findings:
+        tested = finding.outcome is not Outcome.UNTESTABLE
+        text = f"{finding.test.shows}: {finding.reason}" if tested else finding.reason
+        lines[f"\n{_MARKS[finding.outcome]} {text}"] = _OUTCOMES[finding.outcome]
+    return list(lines.items())
+
+
 def _entry(judgement: Judgement) -> dict[str, object]:
     claim = judgement.claim
     return {
@@ -92,7 +103,7 @@ def _entry(judgement: Judgement) -> dict[str, object]:
         "ours": _ratio(judgement.ours),
         "verdict": judgement.verdict.value,
         "reason": judgement.reason,
-        "note": claim.note if judgement.findings else "",
+        "note": "; ".join(claim.notes) if judgement.findings else "",
         "refuted_by": claim.refuted,
         "tests": [_tested(finding) for finding in judgement.findings],
     }

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from layerfs.store import Store
 
 
+_SWITCH = 0.0005
+"""Seconds that a thread may keep others from running Python: requests do not wait for a removal in the background."""
+
+
 @click.group()
 def serve() -> None:
     """Serve a store to container engines."""
@@ -118,6 +122,7 @@ def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     # Times are left to systemd's journal where that keeps the log.
     form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
+    sys.setswitchinterval(_SWITCH)
     with open_store(create=True, sync=sync) as store:
         run(store, socket, requests)
 

@@ -46,7 +46,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
         stack.callback(pool.shutdown, cancel_futures=True)  # those that have not begun are not waited for
         sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
         server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
-        stop = stack.enter_context(listening.stop_signals())
+        wait_for_stop = stack.enter_context(listening.stop_signals())
         with listening.private(socket):
             if not server.add_insecure_port(f"unix:{socket}"):
                 raise InvalidArgument(f"a socket cannot be made at {str(socket)!r}; choose another path")
@@ -56,7 +56,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             listening.Relay(given, socket).start()
         listening.notify("READY=1")
         log.info("ready: %s on %s at %s", store.driver.name, store.root, "the socket of systemd" if given else socket)
-        stop.wait()
+        wait_for_stop()
         listening.notify("STOPPING=1")
         log.info("stopping; requests under way are finished")
         server.stop(_GRACE).wait()

@@ -46,7 +46,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
     """
     driver = GraphDriver(store)
     given = listening.handed_over()
-    with listening.stop_signals() as stop:
+    with listening.stop_signals() as wait_for_stop:
         if given is None:
             with listening.private(socket):
                 server = _Server(str(socket), driver, requests)
@@ -58,7 +58,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             threading.Thread(target=server.serve_forever, daemon=True, name="listen").start()
             listening.notify("READY=1")
             log.info("ready: %s on %s at %s", store.driver.name, store.root, socket)
-            stop.wait()
+            wait_for_stop()
             listening.notify("STOPPING=1")
             log.info("stopping; requests under way are finished")
             server.shutdown()
@@ -232,7 +232,7 @@ class _Body(io.RawIOBase):
                 pass
 
 
-class _Chunked:
+class _Chunked(io.RawIOBase):
     """Takes a tar and sends it in chunks. The answer begins with the first of them, so that an early error is told."""
 
     def __init__(self, handler: _Handler) -> None:
@@ -240,7 +240,10 @@ class _Chunked:
         self._waiting = bytearray()
         self.begun = False
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
         """Send data, or keep it until there is more."""
         self._waiting += data
         if len(self._waiting) >= _CHUNK:

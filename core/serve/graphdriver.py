@@ -121,14 +121,20 @@ class GraphDriver:
         return {}
 
     def changes(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer changes against its parent, or against another layer."""
+        """What a layer changes against its parent, or against another layer.
+
+        Docker wants a directory in which something changed to be among it, whatever its own times are.
+        """
+        found: dict[bytes, int] = {}
         with self._compared(request) as (changes, _):
-            found = [
-                {"Path": "/" + os.fsencode(change.path).decode(errors="replace"), "Kind": _KINDS[change.kind]}
-                for change in changes
-                if change.path
-            ]
-        return {"Changes": found}
+            for change in changes:
+                parts = change.path.split(b"/")
+                for depth in range(1, len(parts)):
+                    found.setdefault(b"/".join(parts[:depth]), _KINDS[ChangeKind.MODIFIED])
+                found[change.path] = _KINDS[change.kind]
+        found.pop(b"", None)
+        listed = ({"Path": "/" + path.decode(errors="replace"), "Kind": kind} for path, kind in found.items())
+        return {"Changes": list(listed)}
 
     def diffsize(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The bytes of the files that a layer changes."""

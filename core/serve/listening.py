@@ -10,10 +10,9 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from layerfs.errors import AlreadyExists, InvalidArgument, refused
@@ -88,19 +87,29 @@ def notify(text: str) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
+def stop_signals() -> Iterator[Callable[[], None]]:
+    """A function that waits for SIGTERM or SIGINT. In the main thread.
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    It waits for what the interpreter's own handler writes: a lock would go on to sleep where the system has given the
+    signal to another thread.
+    """
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    here, there = socket.socketpair()
+    with here, there:
+        there.setblocking(False)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def wait() -> None:
+            while not set(here.recv(64)).intersection(wanted):
+                pass
+
+        fd_before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in wanted}
+        try:
+            yield wait
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(fd_before)
 
 
 class Relay:

@@ -293,5 +293,5 @@ class TarWriter:
 
 def _widen(out: BinaryIO) -> None:
     """Let a pipe take as much as one may ask for without privileges: one side waits less often for the other."""
-    with contextlib.suppress(OSError):  # no pipe, or nothing with a descriptor
+    with contextlib.suppress(OSError, AttributeError):  # no pipe, or nothing with a descriptor
         fcntl.fcntl(out.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)

@@ -164,6 +164,8 @@ class _Guest:
                 self._reports.seek(start)
                 return
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+            if isinstance(report.longrepr, list):  # where a test was skipped; JSON knows no tuples
+                report.longrepr = tuple(report.longrepr)
             self._found[report.nodeid].append(report)
 
     def _unreported(self, item: pytest.Item) -> pytest.TestReport:

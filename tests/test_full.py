@@ -1,0 +1,84 @@
+"""A backing filled to its last block: errors that say so, nothing committed lost, and the space back after ``rm``.
+
+Thin pools have tests of their own (test_devicemapper.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from layerfs import registry
+from layerfs.backing import BackingSpec
+from layerfs.errors import OutOfSpace
+from layerfs.store import Store
+
+MakeStore = Callable[..., Store]
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+MIB = 1 << 20
+KINDS = {"btrfs": "btrfs", "zfs": "zfs", "overlay2": "ext4", "aufs": "ext4", "vfs": "xfs"}
+
+
+def fill(root: Path) -> int:
+    """Write until nothing more fits, first in large files and then in ever smaller ones; the bytes written."""
+    written, number = 0, 0
+    for size in (8 * MIB, MIB, 64 << 10, 4096):
+        while True:
+            number += 1
+            path = root / f"fill{number}"
+            try:
+                with open(path, "wb", buffering=0) as file:
+                    file.write(os.urandom(size))
+                    os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                break
+            written += size
+    return written
+
+
+def committed(store: Store, key: str, parent: str = "") -> None:
+    store.prepare(f"{key}-work", parent)
+    with store.mounted(f"{key}-work") as root:
+        (root / key).write_bytes(os.urandom(4 * MIB))
+    store.commit(key, f"{key}-work")
+
+
+@pytest.mark.parametrize("driver", KINDS)
+def test_a_store_filled_to_the_last_block(make_store: MakeStore, driver: str, tmp_path: Path) -> None:
+    if not (probe := registry.load(driver).probe(tmp_path)).usable:
+        pytest.skip(probe.reason)
+    store = make_store(driver, backing=BackingSpec(KINDS[driver], size=400 * MIB))
+    committed(store, "base")
+    store.prepare("child", "base")
+    with store.mounted("child") as root:
+        written = fill(root)
+    assert written > 100 * MIB
+
+    # What still fits may succeed; what does not says that there is no space.
+    for step in (lambda: store.prepare("next", "base"), lambda: committed(store, "more", "base")):
+        with contextlib.suppress(OutOfSpace), contextlib.suppress(OSError):
+            step()
+    with contextlib.suppress(OutOfSpace):
+        store.commit("full", "child")
+    assert [finding for finding in store.check() if finding.name == "base"] == []
+
+    for layer in sorted(store.list(), key=lambda layer: not layer.parent):  # children first
+        if layer.key != "base":
+            store.remove(layer.key)
+    store.cleanup()
+    assert store.check() == []
+    store.prepare("again", "base")
+    with store.mounted("again") as root:
+        assert fill(root) > written - 40 * MIB
+        assert len((root / "base").read_bytes()) == 4 * MIB
