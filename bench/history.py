@@ -76,7 +76,7 @@ def value_words(name: str, value: object) -> str:
     if name in ("block", "memory", "file_size", "most", "parent_size", "change") and isinstance(value, int | float):
         return size(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:g} {'%' if name == 'percent' else name}"
+        return f"{value:g} %" if name == "percent" else f"{name} {value:g}"
     return str(value)
 
 

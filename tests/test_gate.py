@@ -240,7 +240,7 @@ def test_what_cannot_run_is_told_from_what_fails(environments: tuple[Path, Path]
     (environments[1] / "prelude.py").write_text("raise SystemExit(70)")
     failed = _gate(*environments, "--driver", "overlay2", "--size", "1M", "--workload", "layer-lifecycle")
     assert failed.returncode == 4, failed.stderr
-    assert _gate(*environments, "--driver", "nonesuch").returncode == 2
+    assert _gate(environments[0], environments[0], "--driver", "nonesuch").returncode == 2
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:

@@ -224,6 +224,18 @@ def test_a_ratio_that_may_be_one_is_marked_and_a_clear_one_is_not() -> None:
     assert re.fullmatch(r"[12]\.\d\d×", ratios[1])
 
 
+def test_targets_with_options_are_told_apart_in_the_colour_of_their_driver() -> None:
+    times = {"native": 0.01, "overlay2": 0.02, "overlay2 volatile=on backing=xfs": 0.01}
+    (machine,) = _machines(_document(["seqwrite-new", "copyup-first-write"], [_MIB, 4 * _MIB], times=times))
+    for panel in panels.all_panels(machine):
+        for picture in panel.pictures.values():
+            words = " ".join(one.text or "" for one in picture.iter("text"))
+            assert "volatile=on" in words, panel.name
+    assert svg.colour("overlay2") == svg.colour("overlay2 volatile=on backing=xfs")
+    assert svg.is_hollow("overlay2 volatile=on backing=xfs")
+    assert not svg.is_hollow("overlay2")
+
+
 def test_counters_tell_copies_in_the_cache() -> None:
     (machine,) = _machines(_document(["cache-share"], [16 * _MIB], full=True))
     (picture,) = panels.cache_sharing(machine).pictures.values()

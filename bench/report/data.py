@@ -15,6 +15,7 @@ from typing import Any
 from layerfs.bench import recorded, statistics
 from layerfs.bench.native import NATIVE
 from layerfs.bench.statistics import Interval
+from layerfs.bench.target_name import AGAIN
 from layerfs.errors import InvalidArgument
 
 _MOST = 1e18  # above that a figure is none of a run's, and pictures would lose their scale
@@ -126,7 +127,7 @@ class Machine:
     @cached_property
     def targets(self) -> list[str]:
         """The control first, the others in the runs' order; a calibration's second ones are left out."""
-        names = [name for run in self.runs for name in run.targets if not name.endswith(" again")]
+        names = [name for run in self.runs for name in run.targets if not name.endswith(AGAIN)]
         return sorted(dict.fromkeys(names), key=lambda name: name != NATIVE)
 
     @cached_property
@@ -134,7 +135,7 @@ class Machine:
         """What several runs measured, with each of them, by `Figure.what` and target."""
         found: dict[tuple[object, ...], list[tuple[RunFile, Figure]]] = {}
         for run in self.runs:
-            for figure in run.figures:
+            for figure in (figure for figure in run.figures if figure.target in self.targets):
                 found.setdefault((*figure.what, figure.target), []).append((run, figure))
         return {key: course for key, course in found.items() if len(course) > 1}
 

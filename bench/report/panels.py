@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
@@ -342,9 +343,10 @@ def _courses(figures: Iterable[Figure], x: object, y: object) -> list[Line]:
 
 
 def _by_size(figures: Sequence[Figure]) -> list[Figure]:
-    """Those of the largest size."""
-    largest = max((figure.size for figure in figures), default=0)
-    return [figure for figure in figures if figure.size == largest]
+    """Those of the size with the most figures, of several such the largest."""
+    count = Counter(figure.size for figure in figures)
+    best = max(count, key=lambda size: (count[size], size), default=0)
+    return [figure for figure in figures if figure.size == best]
 
 
 def _percentiles(latencies: Mapping[float, int]) -> list[Point]:

@@ -14,7 +14,7 @@ from layerfs.bench.statistics import Interval
 
 WIDTH = 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 12.0, 22.0, 34.0
-_LEGEND_LINE, _ROW = 17.0, 18.0
+_LEGEND_LINE, _ROW, _ASIDE = 17.0, 18.0, 3.0
 
 
 class Point(NamedTuple):
@@ -91,8 +91,10 @@ def lines(title: str, x: Axis, y: Axis, courses: Sequence[Line], marks: Sequence
                 class_="dim small",
             )
         )
-    for course in sorted(courses, key=lambda course: not course.theirs):
-        parts += _course(course, xs, ys, x.format, y.format)
+    ours = [course for course in courses if not course.theirs]
+    for course in [*(course for course in courses if course.theirs), *ours]:
+        aside = (ours.index(course) - (len(ours) - 1) / 2) * _ASIDE if course.marks and course in ours else 0.0
+        parts += _course(course, xs, ys, aside, x.format, y.format)
     return svg.picture(WIDTH, height, title, *parts)
 
 
@@ -112,25 +114,26 @@ def _grid(xs: Scale, ys: Scale, x: Axis, y: Axis) -> list[Element]:
     return parts
 
 
-def _course(course: Line, xs: Scale, ys: Scale, x: Format, y: Format) -> list[Element]:
+def _course(course: Line, xs: Scale, ys: Scale, aside: float, x: Format, y: Format) -> list[Element]:
+    """``aside``: moved so far to the right, so that equal values do not hide each other."""
     number = svg.colour(course.target)
     points = sorted(course.points, key=lambda point: point.x)
-    places = [(xs.place(p.x), ys.place(p.y.middle)) for p in points]
+    across = [xs.place(p.x) + aside for p in points]
+    places = [(at, ys.place(p.y.middle)) for at, p in zip(across, points, strict=True)]
     if course.steps:
         places = [at for a, b in zip(places, [*places[1:], places[-1]], strict=True) for at in (a, (b[0], a[1]))]
     if course.theirs:
         return [svg.path(places, f"theirs d{number}")]
     parts = []
     if len(points) > 1:
-        upper = [(xs.place(p.x), ys.place(p.y.high)) for p in points]
-        lower = [(xs.place(p.x), ys.place(p.y.low)) for p in points]
+        upper = [(at, ys.place(p.y.high)) for at, p in zip(across, points, strict=True)]
+        lower = [(at, ys.place(p.y.low)) for at, p in zip(across, points, strict=True)]
         if upper != lower:
             parts.append(svg.path([*upper, *reversed(lower)], f"ribbon f{number}", closed=True))
         variant = " variant" if svg.is_hollow(course.target) else ""
         parts.append(svg.path(places, f"line d{number}{variant}"))
     if course.marks:
-        for p in points:
-            at = xs.place(p.x)
+        for at, p in zip(across, points, strict=True):
             parts.append(svg.line(at, ys.place(p.y.low), at, ys.place(p.y.high), f"whisker d{number}"))
             words = f"{course.target}, {x(p.x)}: {y(p.y.middle)} ({y(p.y.low)} to {y(p.y.high)})"
             parts.append(svg.marker(course.target, at, ys.place(p.y.middle), words, 3.5))
@@ -141,14 +144,15 @@ def _legend(targets: Sequence[str], top: float, *, theirs: bool = False) -> tupl
     x, y, parts = 18.0, top + 8, []
     entries = [*targets, *(["the article's, dashed"] if theirs else [])]
     for entry in entries:
-        width = svg.width_of(entry) + 22
+        name = svg.clean(entry, 40)
+        width = svg.width_of(name) + 22
         if x + width > WIDTH and x > 18:
             x, y = 18.0, y + _LEGEND_LINE
         if entry in targets:
             parts.append(svg.marker(entry, x, y, "", 4))
         else:
             parts.append(svg.line(x - 5, y, x + 5, y, "theirs d0"))
-        parts.append(svg.text(x + 9, y + 4, svg.clean(entry, 30)))
+        parts.append(svg.text(x + 9, y + 4, name))
         x += width
     return parts, y + 10 - top
 
@@ -170,7 +174,7 @@ class Row:
 
 def dots(title: str, x: Axis, rows: Sequence[Row], marks: Sequence[Mark] = ()) -> Element:
     """A row for each figure, with its interval and its value in words."""
-    left, right = max([70.0, *(svg.width_of(row.name or row.target) + 22 for row in rows)]), 66.0
+    left, right = max([70.0, *(svg.width_of(_called(row)) + 22 for row in rows)]), 66.0
     groups = list(dict.fromkeys(row.group for row in rows))
     headed = any(groups)
     top = 40.0
@@ -200,6 +204,10 @@ def dots(title: str, x: Axis, rows: Sequence[Row], marks: Sequence[Mark] = ()) -
     return svg.picture(WIDTH, height, title, *parts)
 
 
+def _called(row: Row) -> str:
+    return svg.clean(row.name or row.target, 24)
+
+
 def _row(row: Row, xs: Scale, y: float, form: Format) -> list[Element]:
     number = svg.colour(row.target)
     middle = xs.place(row.value.middle)
@@ -207,7 +215,7 @@ def _row(row: Row, xs: Scale, y: float, form: Format) -> list[Element]:
     stem = svg.line(xs.start, y, middle, y, f"d{number}")
     stem.attrib["stroke-opacity"] = "0.35"
     return [
-        svg.text(xs.start - 8, y + 4, row.name or row.target, anchor="end"),
+        svg.text(xs.start - 8, y + 4, _called(row), anchor="end"),
         stem,
         svg.line(xs.place(row.value.low), y, xs.place(row.value.high), y, f"whisker d{number}"),
         svg.marker(row.target, middle, y, words),
@@ -236,12 +244,15 @@ def heat(title: str, columns: Sequence[str], bands: Sequence[Band]) -> Element:
     width = label + cell * len(columns) + 8
     y = 44.0
     parts = [svg.text(14, 24, title, class_="title")]
-    for place, column in enumerate(columns):
+    heads = [(column.partition(" ")[0], svg.wrapped(column.partition(" ")[2], cell, 2)) for column in columns]
+    for place, (driver, options) in enumerate(heads):
         x = label + cell * place + cell / 2
-        name = svg.clean(column, max(4, int(cell / 5.8)))
-        parts.append(svg.marker(column, x, y - 2, ""))
+        parts.append(svg.marker(columns[place], x, y - 2, columns[place]))
+        name = svg.clean(driver, max(4, int(cell / 5.8)))
         parts.append(svg.text(x, y + 14, name, anchor="middle", class_="strong small"))
-    y += 18
+        for number, words in enumerate(options):
+            parts.append(svg.text(x, y + 27 + 12 * number, words, anchor="middle", class_="dim small"))
+    y += 18 + 12 * max(len(options) if options != [""] else 0 for _, options in heads)
     for band in bands:
         y += 20
         parts.append(svg.text(14, y, band.heading, class_="dim small"))

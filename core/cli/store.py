@@ -108,7 +108,7 @@ def check(repair: bool, as_json: bool) -> None:
     if as_json:
         print_json([asdict(one) for one in found])
     elif not found:
-        click.echo(f"{layers} {'layer' if layers == 1 else 'layers'} checked, nothing is wrong", err=True)
+        click.echo(f"{layers} {'layer' if layers == 1 else 'layers'} checked, nothing is wrong")
     else:
         print_table(("problem", "of", "what", "outcome"), [(f.kind, f.name, f.what, _outcome(f)) for f in found])
     left = sum(not one.repaired for one in found)
