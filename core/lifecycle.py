@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ class Lifecycle:
             except BaseException:
                 self._undo(row)
                 raise
-        return self._numbered(number)
+        return dataclasses.replace(row, state=State.READY, owner=None)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], *, digest: bool) -> Layer:
         """Make an active layer a committed one, called ``name``."""

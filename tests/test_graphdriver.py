@@ -154,6 +154,14 @@ def test_tars_go_both_ways_and_come_back_byte_by_byte(client: Client) -> None:
         assert {"big", "etc", "etc/b"} <= {name.rstrip("/") for name in whole.getnames()}
 
 
+def test_a_tar_may_lack_its_end_mark(client: Client) -> None:
+    """As umoci writes it, and Docker hands it on."""
+    client("Create", ID="base")
+    tar = tar_of({"a": b"1"})[:1024]
+    assert client.apply("base", "", tar) == {"Err": "", "Size": 1}
+    assert client.diff("base") == tar
+
+
 def test_a_bad_tar_is_refused_and_the_layer_stays_empty(client: Client) -> None:
     client("Create", ID="base")
     for tar in (TAR[:1500], b"junk" * 1000, tar_of({"../evil": b"x"})):

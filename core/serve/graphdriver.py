@@ -155,10 +155,13 @@ class GraphDriver:
                 write_diff(changes, tree, out)
 
     def applydiff(self, key: str, tar: BinaryIO) -> dict[str, Any]:
-        """Apply a tar to a layer; the bytes of the files in it. It may hold any device, as Docker's own drivers do."""
+        """Apply a tar to a layer; the bytes of the files in it.
+
+        It may hold any device, and lack its end mark, as with Docker's own drivers: Docker knows the diff ID.
+        """
         with self._locked(key):
             layer = self._layer(key)
-            self._store.apply(layer.key, tar, devices=True)
+            self._store.apply(layer.key, tar, devices=True, verified=True)
             self._finish(key)  # looking at an active one would make the store forget its archive
             with self._compared({"ID": key, "Parent": layer.parent}) as (changes, tree):
                 return {"Size": _size(changes, tree)}
