@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from layerfs.driver import Mount
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, KernelRefused, LayerfsError, refused
 from layerfs.kernel import btrfs
 from layerfs.programs import run, tool
+
+_SETTLING = 2.0  # seconds
 
 
 class FileSystem(Kind):
@@ -73,7 +76,7 @@ class FileSystem(Kind):
                 )
             with places.opened(point.source, os.O_RDONLY):  # keeps the loop device, should the mount have to come back
                 mounts.unmount(self.path)
-                if not places.is_free(point.source):
+                if not _becomes_free(point.source):
                     filesystems.mount(self.spec.filesystem, point.source, self.path)
                     raise FailedPrecondition(
                         f"the backing at {str(self.path)!r} is in use: a layer on it is still open"
@@ -182,3 +185,13 @@ def _users(point: mounts.MountPoint) -> Iterator[str]:
         same = mount.device == point.device and mount.id != point.id
         if same or (mount.type == "overlay" and any(part.startswith(below) for part in dirs)):
             yield repr(str(mount.target))
+
+
+def _becomes_free(device: str) -> bool:
+    """Whether nothing holds a file system that was just unmounted, which what was open there may do for a moment."""
+    until = time.monotonic() + _SETTLING
+    while not places.is_free(device):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
