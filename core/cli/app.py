@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -176,13 +177,25 @@ def main(command: click.Command | None = None) -> int:
         except click.ClickException as error:
             return _complain(_usage(error), error.exit_code)
         except (_Interrupted, click.Abort, KeyboardInterrupt):
-            return _complain("interrupted", EXIT_INTERRUPTED)
+            _end_interrupted()
         except LayerfsError as error:
             return _complain(str(error), error.exit_code)
         except Exception as error:
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0
+
+
+def _end_interrupted() -> NoReturn:
+    """End the process here: CPython would end it by SIGINT after all, had the interruption hit it inside an exec().
+
+    Dataclasses are made by one, so it takes no more than Ctrl-C while a module is imported (run_eval_code_obj in
+    Python/pythonrun.c notes such an exception as unhandled, whoever catches it later).
+    """
+    _complain("interrupted", EXIT_INTERRUPTED)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _usage(error: click.ClickException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -79,6 +80,8 @@ def _replace_by_twin(path: Path, other: Path, _: int) -> None:
 
 def _remake(path: Path, _: Path, __: int) -> None:
     info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode):  # rmtree would open it, and wait at a fifo for ever
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     shutil.rmtree(path)
     path.mkdir()
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
