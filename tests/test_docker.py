@@ -242,6 +242,6 @@ def test_everything_goes_with_the_last_image(docker: Docker) -> None:
     docker("system", "prune", "--all", "--force")
     assert docker("ps", "-aq") == docker("images", "-aq") == ""
     assert docker.layers() == []
-    assert layerfs("check", "--root", docker.served.root) == ""
+    assert "nothing is wrong" in layerfs("check", "--root", docker.served.root)
     docker.raw("import", "-", IMAGE, feed=busybox_layer())
     assert docker.run("--rm", IMAGE, "/bin/echo", "again") == "again"

@@ -239,7 +239,7 @@ def test_many_requests_at_once(client: Client, served: Served) -> None:
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(12)))
     assert sha256(client.diff("base")) == sha256(TAR)
-    assert layerfs("check", "--root", served.root) == ""
+    assert "nothing is wrong" in layerfs("check", "--root", served.root)
 
 
 def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
@@ -259,4 +259,4 @@ def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
     assert client.apply("base", "", TAR)["Err"] == ""
     assert client.diff("base") == TAR
     assert served.stop() == 0
-    assert layerfs("check", "--root", served.root) == ""
+    assert "nothing is wrong" in layerfs("check", "--root", served.root)
