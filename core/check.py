@@ -89,14 +89,17 @@ class Check:
 
     def _orphans(self, repair: bool) -> Iterator[Finding]:
         """Volumes and records that the database knows nothing of."""
-        # In this order: what is made meanwhile is in the database before it is on the backing.
-        volumes = list(self._session.driver.volumes())
-        records = os.listdir(self._session.records)
+        # In this order: what is made meanwhile is in the database before it is on the backing, and what is removed
+        # meanwhile is on the backing no longer when it is no longer in the database.
+        volumes, records = set(self._session.driver.volumes()), set(os.listdir(self._session.records))
         known = {named(number) for number in self._database.volumes()}
-        for name in sorted(set(volumes) - known):
+        if not known >= volumes | records:
+            volumes &= set(self._session.driver.volumes())
+            records &= set(os.listdir(self._session.records))
+        for name in sorted(volumes - known):
             finding = Finding("orphaned", name, f"the volume {name!r}, which belongs to no layer", True)
             yield self._repaired(finding, partial(self._session.driver.remove, name)) if repair else finding
-        for name in sorted(set(records) - known):
+        for name in sorted(records - known):
             finding = Finding("orphaned", name, f"the tar record {name!r}, which belongs to no layer", True)
             path = self._session.records / name
             yield self._repaired(finding, path.unlink) if repair else finding

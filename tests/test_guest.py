@@ -145,8 +145,11 @@ def test_a_directory_that_the_guest_covers_is_there_all_the_same() -> None:
     launcher_place.mkdir(parents=True)
     try:
         launcher = Launcher(launcher_place)
-        done = launcher("sh", "-c", "cp /proc/sys/kernel/osrelease result; ls /var/tmp | wc -l")
-        assert (done.returncode, done.stdout) == (0, "1\n")
+        done = launcher("sh", "-c", "cp /proc/sys/kernel/osrelease result; ls /var/tmp")
+        needed = {place.name, *Path.cwd().parts[3:4]} if Path.cwd().is_relative_to("/var/tmp") else {place.name}
+        assert done.returncode == 0
+        assert set(done.stdout.split()) <= needed
+        assert place.name in done.stdout
         assert (launcher.directory / "result").read_text().strip() != os.uname().release
         assert launcher.left() == []
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -265,7 +266,7 @@ def test_hundreds_of_requests_at_once_from_several_clients(client: Client, serve
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(work, range(24)))
     assert client.keys() == ["base"]
-    assert "nothing is wrong" in layerfs("check", "--root", served.root)
+    assert json.loads(layerfs("check", "--root", served.root, "--json")) == []
 
 
 # -- the server itself -----------------------------------------------------------------------------------------------

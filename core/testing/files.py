@@ -106,19 +106,18 @@ class FileChecks:
     @pytest.mark.parametrize(
         "name",
         [
-            b"with space",
-            b"comma,colon:equals=",
-            b"back\\slash",
-            b"new\nline",
-            b"\xff\xfe not UTF-8",
-            b".wh",
-            b".whatever",
-            "Ünïcode ✓".encode(),
-            b"n" * 255,
-            b"-rf",
-            b"*",
+            pytest.param(b"with space", id="a space"),
+            pytest.param(b"comma,colon:equals=", id="option characters"),
+            pytest.param(b"back\\slash", id="a backslash"),
+            pytest.param(b"new\nline", id="a line end"),
+            pytest.param(b"\xff\xfe not UTF-8", id="no UTF-8"),
+            pytest.param(b".wh", id="half a whiteout"),
+            pytest.param(b".whatever", id="nearly a whiteout"),
+            pytest.param("Ünïcode ✓".encode(), id="UTF-8"),
+            pytest.param(b"n" * 255, id="255 bytes"),
+            pytest.param(b"-rf", id="an option"),
+            pytest.param(b"*", id="a star"),
         ],
-        ids=repr,
     )
     def test_names_are_only_bytes(self, bench: Workbench, name: bytes) -> None:
         """Any name that the file system takes goes through every layer, diff and deletion."""

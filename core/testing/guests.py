@@ -87,7 +87,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report the test as it went in the guest, where it has to run in one."""
     kind = _guest_of(item)
     if kind is None:
@@ -100,6 +100,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in guests[kind].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the last test here left set up for this one, its module's fixtures, is not to outlive the module.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
