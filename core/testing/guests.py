@@ -87,17 +87,27 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Start the guests before any test: a guest's sandbox holds on to what is mounted when it is made."""
+    if session.config.option.collectonly:
+        return
+    tests = defaultdict(list)
+    for item in session.items:
+        if kind := _guest_of(item):
+            tests[kind].append(item)
+    for kind, items in tests.items():
+        guest = session.config.stash[_guests][kind] = _Guest(kind, items)
+        session.config.add_cleanup(guest.end)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report the test as it went in the guest, where it has to run in one."""
     kind = _guest_of(item)
     if kind is None:
         return None
-    guests = item.config.stash[_guests]
-    if kind not in guests:
-        guests[kind] = _Guest(kind, [other for other in item.session.items if _guest_of(other) == kind])
-        item.config.add_cleanup(guests[kind].end)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in guests[kind].reports_of(item):
+    for report in item.config.stash[_guests][kind].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     # What the last test here left set up for this one, its module's fixtures, is not to outlive the module.
