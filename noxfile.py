@@ -86,8 +86,11 @@ def gate(session: nox.Session) -> None:
 
 def _test(session: nox.Session, *arguments: str) -> None:
     install(session, "fuse", "serve", "test")
-    # Not in /tmp, where the tests of others may be at work too, and which may lie in memory.
-    session.run("pytest", f"--basetemp={session.create_tmp()}/pytest", *arguments, *session.posargs)
+    # Not in /tmp, where the tests of others may be at work too, and which may lie in memory; and where no earlier run
+    # has left anything, which would be in the way of all tests.
+    place = Path(session.create_tmp()) / str(os.getpid())
+    session.run("pytest", f"--basetemp={place}", *arguments, *session.posargs)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 # Of the zfs tests those that ask OpenZFS for something that zfs-fuse does in another way or not at all;
