@@ -47,12 +47,12 @@ def stress_ng(place: Path, _scratch: Path) -> set[str]:
 
 def fio(place: Path, scratch: Path) -> set[str]:
     """Written in random and sequential order by system calls and mappings, and read again with checksums."""
-    options = ["--size=32M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", f"--directory={place}"]
+    options = ["--size=32M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"]
     jobs = []
     for engine in ("psync", "mmap", "libaio", "pvsync2"):
         for pattern in ("write", "randwrite", "randrw"):
             jobs += [f"--name={engine}-{pattern}", f"--ioengine={engine}", f"--rw={pattern}", "--stonewall"]
-            jobs += ["--bsrange=512-64k", "--fsync=64", *options]
+            jobs += ["--bsrange=512-64k", "--fsync=64", f"--directory={place}", *options]
     report = scratch / "fio.json"
     _run("fio", "--output-format=json", f"--output={report}", *jobs)
     text = report.read_text()
