@@ -149,7 +149,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def peers(session: nox.Session) -> None:
     """Apply and diff, unions, and engines beside other programs and drivers, each in one run."""
-    install(session, "fuse", "serve")
+    install(session, "fuse", "serve", "test")
     session.run("python", "-m", "layerfs.bench.peers")
 
 
