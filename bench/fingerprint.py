@@ -89,6 +89,7 @@ def storage(place: Path) -> dict[str, object]:
         "options": ",".join((*mount.options, *mount.super_options)),
         "size": use.total,
         "free": use.free,
+        **_journal(_device(mount)),
         **_disk(_device(mount)),
     }
 
@@ -140,6 +141,12 @@ def _device(mount: mounts.MountPoint) -> str:
     except OSError:
         return mount.device
     return f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}" if stat.S_ISBLK(info.st_mode) else mount.device
+
+
+def _journal(device: str) -> dict[str, object]:
+    """Of an ext4, whether it has one (Linux, Documentation/ABI/testing/sysfs-fs-ext4)."""
+    task = _read(Path("/sys/fs/ext4", Path("/sys/dev/block", device).resolve().name, "journal_task"))
+    return {"journal": task != "<none>"} if task else {}
 
 
 def _disk(device: str) -> dict[str, object]:

@@ -20,12 +20,13 @@ class Watch:
 
     Args:
         place: where the scratch stores lie.
+        direct: whether they lie on its file system, not on one of their own.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *, direct: bool) -> None:
         self._place = place
         self._before = _Counts()
-        self._notes = [*_elsewhere(), *_busy(), *_storage(place), *_slowed()]
+        self._notes = [*_elsewhere(), *_busy(), *_storage(place), *_slowed(), *(_unjournalled(place) if direct else ())]
 
     def notes(self) -> list[str]:
         """Everything doubtful, from the beginning to now."""
@@ -86,6 +87,14 @@ def _storage(place: Path) -> list[str]:
     if use.free < use.total * (1 - _FULL):
         notes.append(f"the disk of {str(place)!r} is nearly full, which makes file systems slow")
     return notes
+
+
+def _unjournalled(place: Path) -> list[str]:
+    # find_inode_bit() in the kernel's fs/ext4/ialloc.c passes over inodes that were freed in the last minutes.
+    if fingerprint.storage(place).get("journal") is not False:
+        return []
+    slow = "makes files many times slower for some minutes after others were removed, as happens between samples"
+    return [f"{str(place)!r} lies on an ext4 without a journal, which {slow}; --backing ext4 (or xfs) avoids that"]
 
 
 def _slowed() -> list[str]:

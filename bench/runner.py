@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
+from layerfs.backing import DIRECTORY
 from layerfs.bench import caches, fingerprint, memory
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.content import Base
@@ -128,7 +129,7 @@ def run(
     """
     _check(plan)
     earlier = journal.samples(plan.workloads) if journal else []
-    started, watch = datetime.now(UTC), Watch(plan.place)
+    started, watch = datetime.now(UTC), Watch(plan.place, direct=plan.filesystem in (None, DIRECTORY))
     with Scratch(plan.place, interrupts, kinds) as scratch, memory.capped(plan.memory):
         for work in plan.workloads:
             with interrupts.allowed():

@@ -17,7 +17,6 @@ import random
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from layerfs.apply import apply
+from layerfs.bench.peers import place
 from layerfs.changes import compare
 from layerfs.diff import write_diff
 from layerfs.errors import EnvironmentUnfit
@@ -182,14 +182,14 @@ def _debian(into: Path) -> Path:
 @click.command()
 @click.option("--tree", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A root file system.")
 @click.option("--rounds", default=7, show_default=True, help="Samples of each program.")
-@click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work.")
+@place.option
 def main(tree: Path | None, rounds: int, scratch: Path | None) -> None:
     """Time layerfs, GNU tar and containers-storage on the same tree."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise EnvironmentUnfit(f"{missing[0]} is not installed; install the package of that name")
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="layerfs-peers-") as work:
-        bench = Bench(tree or _debian(Path(work)), Path(work))
+    with place.place(scratch) as work:
+        bench = Bench(tree or _debian(work), work)
         try:
             Console().print(render(bench, measure(bench, rounds)))
         finally:

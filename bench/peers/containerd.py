@@ -22,6 +22,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
+from layerfs.bench.peers import place
 from layerfs.bench.peers.engines import (
     IMAGE,
     OURS,
@@ -31,7 +32,6 @@ from layerfs.bench.peers.engines import (
     debian,
     measure,
     need,
-    scratch,
     table,
 )
 from layerfs.testing.engines import Served, layerfs, listens, running, wait_until
@@ -174,16 +174,14 @@ class _Client:
 @click.option("--rounds", default=5, show_default=True, help="Samples of each step on each side.")
 @click.option("--containers", default=100, show_default=True, help="How many are created and removed.")
 @click.option("--calls", default=200, show_default=True, help="Samples of each single call.")
-@click.option(
-    "--scratch", "given", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work."
-)
-def main(rounds: int, containers: int, calls: int, given: Path | None) -> None:
+@place.option
+def main(rounds: int, containers: int, calls: int, scratch: Path | None) -> None:
     """Time containerd on layerfs and on its own overlayfs snapshotter."""
     need("containerd", "ctr", "runc")
     archive = debian()
     console = Console()
     with ExitStack() as stack:
-        bench = Bench(scratch(stack, given, "peers-c-"), stack, archive, containers)
+        bench = Bench(stack.enter_context(place.place(scratch)), stack, archive, containers)
         samples = measure(bench.steps(), rounds, bench.served)
         console.print(table(f"containerd: medians of {rounds} rounds; below 1 layerfs is faster", "overlayfs", samples))
         console.print(calls_table(f"single calls, medians of {calls}", bench.calls(calls)))

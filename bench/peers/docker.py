@@ -20,7 +20,8 @@ from typing import Final
 import click
 from rich.console import Console
 
-from layerfs.bench.peers.engines import OURS, THEIRS, Step, debian, measure, need, scratch, table
+from layerfs.bench.peers import place
+from layerfs.bench.peers.engines import OURS, THEIRS, Step, debian, measure, need, table
 from layerfs.testing.engines import Served, running, wait_until
 
 DOCKER: Final = "/usr/bin/docker"
@@ -97,15 +98,13 @@ class Bench:
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="Samples of each step on each side.")
 @click.option("--containers", default=100, show_default=True, help="How many are created and removed.")
-@click.option(
-    "--scratch", "given", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work."
-)
-def main(rounds: int, containers: int, given: Path | None) -> None:
+@place.option
+def main(rounds: int, containers: int, scratch: Path | None) -> None:
     """Time Docker on layerfs and on its own overlay2."""
     need("dockerd", DOCKER, "skopeo", "runc")
     archive = debian()
     with ExitStack() as stack:
-        bench = Bench(scratch(stack, given, "peers-d-"), stack, archive, containers)
+        bench = Bench(stack.enter_context(place.place(scratch)), stack, archive, containers)
         samples = measure(bench.steps(), rounds, bench.served)
     Console().print(table(f"Docker: medians of {rounds} rounds; below 1 layerfs is faster", "overlay2", samples))
 

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -140,8 +139,3 @@ def calls_table(title: str, sides: Mapping[str, Mapping[str, Sequence[float]]]) 
         cells = [median(calls[method]) for calls in sides.values()]
         made.add_row(method, *(f"{c.middle * 1000:.2f} ms [{c.low * 1000:.2f}, {c.high * 1000:.2f}]" for c in cells))
     return made
-
-
-def scratch(stack: ExitStack, given: Path | None, prefix: str) -> Path:
-    """A directory that is gone with ``stack``; its path is short, because sockets' paths are."""
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=given or "/var/tmp", prefix=prefix)))  # noqa: S108

@@ -22,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from layerfs.bench.peers import place
 from layerfs.errors import EnvironmentUnfit
 
 OURS: Final = "layerfs-aufs"
@@ -226,15 +226,15 @@ def render(samples: dict[tuple[str, str], list[float]]) -> Table:
 @click.option("--rounds", default=5, show_default=True, help="Samples of each program.")
 @click.option("--files", default=10_000, show_default=True, help="Files of the lower tree.")
 @click.option("--large", default=512, show_default=True, help="MiB of the large file.")
-@click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work.")
+@place.option
 def main(rounds: int, files: int, large: int, scratch: Path | None) -> None:
     """Time layerfs-aufs, fuse-overlayfs, the kernel's overlay and a bare pyfuse3 on the same branches."""
     if os.geteuid() != 0:
         raise EnvironmentUnfit("mounting overlay takes root; run it as root")
     for program in PROGRAMS[:2]:
         _find(program)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="layerfs-peers-") as work:
-        Console(width=120).print(render(measure(Bench(Path(work), files, large * MIB), rounds)))
+    with place.place(scratch) as work:
+        Console(width=120).print(render(measure(Bench(work, files, large * MIB), rounds)))
 
 
 if __name__ == "__main__":
