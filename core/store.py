@@ -256,17 +256,18 @@ class Store:
         """What a layer changes against its parent, in an order that depends on the trees alone. Raises `NotFound`."""
         return self._transfer.changes(key)
 
-    def diff(self, key: str, out: BinaryIO, *, source_date_epoch: int | None = None) -> Written:
+    def diff(self, key: str, out: BinaryIO, *, source_date_epoch: int | None = None, digest: bool = True) -> Written:
         """Write what a layer changes as an uncompressed OCI layer tar, and return its diff ID and size.
 
         A layer that was made of an archive gives that archive's bytes again; otherwise they depend on the trees alone.
 
         Args:
             source_date_epoch: seconds since the epoch; later times of modification are written as this one.
+            digest: without, the diff ID may be empty, and it takes less time.
 
         Raises `NotFound`, `FailedPrecondition` (busy, or it was written to meanwhile), `Damaged`, `OutOfSpace`.
         """
-        return self._transfer.diff(key, out, source_date_epoch=source_date_epoch)
+        return self._transfer.diff(key, out, source_date_epoch=source_date_epoch, digest=digest)
 
     def apply(
         self,

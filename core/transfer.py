@@ -33,7 +33,7 @@ class Transfer:
         with self._read(key) as row, self._changes(row) as (changes, _):
             yield from changes
 
-    def diff(self, key: str, out: BinaryIO, *, source_date_epoch: int | None) -> Written:
+    def diff(self, key: str, out: BinaryIO, *, source_date_epoch: int | None, digest: bool) -> Written:
         """Write a layer's diff: the archive that was applied to it, as it was, or the canonical one."""
         with self._read(key) as row:
             if row.record is RecordKind.ARCHIVE and source_date_epoch is None:
@@ -41,8 +41,8 @@ class Transfer:
                     self.rebuild(row, out)
                 return row.diff
             with self._changes(row) as (changes, new):
-                written = write_diff(changes, new, out, source_date_epoch=source_date_epoch)
-            if row.kind is Kind.COMMITTED and source_date_epoch is None and not row.layer.diff_id:
+                written = write_diff(changes, new, out, source_date_epoch=source_date_epoch, digest=digest)
+            if row.kind is Kind.COMMITTED and written.diff_id and source_date_epoch is None and not row.layer.diff_id:
                 with self._database.transaction():
                     self._database.set_diff(row.number, written, RecordKind.NONE)
             return written

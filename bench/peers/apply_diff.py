@@ -4,8 +4,8 @@
 packs it once, and then times in every round, in a random order and each on a fresh target after a ``sync``:
 
 - *apply*: layerfs's `apply` with the diff ID that it computes, ``tar -x``, ``containers-storage applydiff``;
-- *diff*: layerfs's `write_diff` of the whole tree with its diff ID, ``tar -c``, ``containers-storage diff``, each into
-  a pipe that is read and thrown away.
+- *diff*: layerfs's `write_diff` of the whole tree, without and with its diff ID, ``tar -c``, ``containers-storage
+  diff``, each into a pipe that is read and thrown away.
 
 The programs' times include their start, layerfs's do not include Python's.
 """
@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,7 @@ from layerfs.diff import write_diff
 from layerfs.errors import EnvironmentUnfit
 
 TOOLS: Final = ("tar", "containers-storage")
+OURS: Final = "layerfs"
 Action = Callable[[], None]
 
 
@@ -72,12 +74,13 @@ class Bench:
         self._cs("applydiff", "--file", str(self._archive), "packed")
         self.groups: dict[str, dict[str, tuple[Action, Action, Action]]] = {
             "apply": {
-                "layerfs": (self._make_target, self._apply, self._remove_target),
+                OURS: (self._make_target, self._apply, self._remove_target),
                 "tar -x": (self._make_target, self._untar, self._remove_target),
                 "containers-storage applydiff": (self._make_layer, self._applydiff, self._remove_layer),
             },
             "diff": {
-                "layerfs": (_nothing, self._diff, _nothing),
+                OURS: (_nothing, self._diff, _nothing),
+                "layerfs, with its diff ID": (_nothing, partial(self._diff, digest=True), _nothing),
                 "tar -c": (_nothing, self._tar, _nothing),
                 "containers-storage diff": (_nothing, self._cs_diff, _nothing),
             },
@@ -114,9 +117,9 @@ class Bench:
     def _applydiff(self) -> None:
         self._cs("applydiff", "--file", str(self._archive), "target")
 
-    def _diff(self) -> None:
+    def _diff(self, *, digest: bool = False) -> None:
         with _directory(self._source) as root, _drain() as pipe, os.fdopen(os.dup(pipe), "wb") as out:
-            write_diff(compare(None, root), root, out)
+            write_diff(compare(None, root), root, out, digest=digest)
 
     def _tar(self) -> None:
         with _drain() as pipe:
@@ -157,7 +160,7 @@ def render(bench: Bench, samples: dict[tuple[str, str], list[float]]) -> Table:
     for heading in ("median", "fastest", "slowest", "layerfs takes"):
         table.add_column(heading, justify="right")
     for group, programs in bench.groups.items():
-        own = statistics.median(samples[group, "layerfs"])
+        own = statistics.median(samples[group, OURS])
         for number, name in enumerate(programs):
             times = samples[group, name]
             middle = statistics.median(times)
@@ -165,7 +168,7 @@ def render(bench: Bench, samples: dict[tuple[str, str], list[float]]) -> Table:
                 group if number == 0 else "",
                 name,
                 *(f"{seconds:.3f} s" for seconds in (middle, min(times), max(times))),
-                "" if name == "layerfs" else f"{own / middle:.2f} x",
+                "" if name == OURS else f"{own / middle:.2f} x",
             )
         table.add_section()
     return table

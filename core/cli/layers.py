@@ -199,7 +199,7 @@ def diff(key: str, output: Path | None) -> None:
         raise InvalidArgument("a tar is no use on a terminal; give -o FILE, or send the output to a program")
     epoch = source_date_epoch()
     with open_store() as store, byte_sink(output) as out:
-        store.diff(key, out, source_date_epoch=epoch)
+        store.diff(key, out, source_date_epoch=epoch, digest=False)
 
 
 @click.command(cls=Command, examples=("apply work layer.tar.gz", "curl -s URL | layerfs apply work -"))

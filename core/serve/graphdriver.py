@@ -149,10 +149,10 @@ class GraphDriver:
         with self._locked(key):
             layer = self._layer(key)
             if layer.parent == _parent(request):
-                self._store.diff(layer.key, out)
+                self._store.diff(layer.key, out, digest=False)
                 return
             with self._compared(request) as (changes, tree):
-                write_diff(changes, tree, out)
+                write_diff(changes, tree, out, digest=False)
 
     def applydiff(self, key: str, tar: BinaryIO) -> dict[str, Any]:
         """Apply a tar to a layer; the bytes of the files in it.

@@ -31,6 +31,7 @@ from layerfs.tar.header import BLOCK, ZEROS
 _CHUNK: Final = 1 << 20
 """Bytes handed on at once: each time costs the threads a turn of the interpreter's lock."""
 _CHUNKS: Final = 8
+_PATIENCE: Final = 1.0  # seconds
 
 _NAME_SIZE: Final = 100
 _PREFIX_SIZE: Final = 155
@@ -173,24 +174,28 @@ class TarWriter:
     """Writes entries to a stream; a context manager, because a thread stands behind it.
 
     Args:
-        out: is given pieces of one reused buffer, which it must be done with when its ``write`` returns.
+        out: is given pieces of one reused buffer, which it must be done with when its ``write`` returns. That thread
+            calls it.
         record: takes the tar record (see `layerfs.record`).
+        digest: whether to compute the archive's SHA-256, which takes longer than anything else.
     """
 
-    def __init__(self, out: BinaryIO, record: RecordWriter | None = None) -> None:
+    def __init__(self, out: BinaryIO, record: RecordWriter | None = None, *, digest: bool = True) -> None:
         self._out = out
         _widen(out)
         self._record = record
         self._raw = isinstance(out, io.RawIOBase)  # which may write less than it is given
         self._size = 0
         self._used = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if digest else None
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[bytearray, int] | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._given_up = False
         for _ in range(_CHUNKS):
             self._free.put(bytearray(_CHUNK))
         self._take_free()
-        self._thread = threading.Thread(target=self._hash, name="layerfs-digest", daemon=True)
+        self._thread = threading.Thread(target=self._write_out, name="layerfs-archive", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -199,7 +204,10 @@ class TarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._given_up = True
+        self._full.put(None)
+        # Who was interrupted does not wait for a reader that may never read on.
+        self._thread.join(_PATIENCE if error is not None and not isinstance(error, Exception) else None)
 
     def header(self, data: bytes) -> None:
         """Append bytes that are no payload."""
@@ -212,6 +220,34 @@ class TarWriter:
 
         ``path`` is what the tar record finds it by.
         """
+        read = self._read_small if size < _CHUNK - self._used else self._read_large
+        checksum = read(fd, size)
+        if self._record is not None:
+            self._record.file(path, size, None, checksum)
+        if pad := -size % BLOCK:
+            self.header(ZEROS[:pad])
+
+    def finish(self) -> tuple[str, int]:
+        """End the archive; returns its SHA-256 in hexadecimal, where it was wanted, and its size in bytes."""
+        self.header(ZEROS + ZEROS)
+        self._full.put((self._buffer, self._used))
+        self._full.put(None)
+        self._thread.join()
+        self._check()
+        digest = self._digest.hexdigest() if self._digest else ""
+        if self._record is not None:
+            self._record.finish(digest, self._size)
+        return digest, self._size
+
+    def _read_small(self, fd: int, size: int) -> int:
+        """Into what is free of the chunk, in one call; the CRC-32 of it."""
+        used = self._used
+        if os.readv(fd, [self._chunk[used : used + size + 1]]) != size:
+            raise SizeChanged
+        self._used = used + size
+        return 0 if self._record is None else isal_zlib.crc32(self._chunk[used : used + size])
+
+    def _read_large(self, fd: int, size: int) -> int:
         checksum = 0
         left = size
         ended = False
@@ -230,20 +266,7 @@ class TarWriter:
             self._used += count
         if not ended and os.read(fd, 1):
             raise SizeChanged
-        if self._record is not None:
-            self._record.file(path, size, None, checksum)
-        if pad := -size % BLOCK:
-            self.header(ZEROS[:pad])
-
-    def finish(self) -> tuple[str, int]:
-        """End the archive; returns its SHA-256 in hexadecimal and its size in bytes."""
-        self.header(ZEROS + ZEROS)
-        self._hand_over()
-        self._stop()
-        digest = self._digest.hexdigest()
-        if self._record is not None:
-            self._record.finish(digest, self._size)
-        return digest, self._size
+        return checksum
 
     def _append(self, data: bytes) -> None:
         end = self._used + len(data)
@@ -261,34 +284,40 @@ class TarWriter:
             at += count
 
     def _hand_over(self) -> None:
-        """Hash and write what is in the chunk, and take a free one."""
-        piece = self._chunk[: self._used]
         self._full.put((self._buffer, self._used))
-        try:
-            written = self._out.write(piece)
-            while self._raw and written < self._used:
-                written += self._out.write(piece[written:])
-        except BrokenPipeError:
-            raise  # a reader that has seen enough
-        except OSError as error:
-            raise refused("writing the archive", error) from error
-        self._size += self._used
         self._take_free()
+        self._check()
 
     def _take_free(self) -> None:
         self._buffer = self._free.get()
         self._chunk = memoryview(self._buffer)
         self._used = 0
 
-    def _hash(self) -> None:
+    def _check(self) -> None:
+        """Raise what stopped the thread."""
+        if isinstance(self._error, OSError) and not isinstance(self._error, BrokenPipeError):
+            raise refused("writing the archive", self._error) from self._error
+        if self._error is not None:
+            raise self._error  # a reader that has seen enough, or what the stream itself raises
+
+    def _write_out(self) -> None:
+        """Write and digest what is handed over, until something goes wrong, which `_check` tells."""
         while (item := self._full.get()) is not None:
             buffer, used = item
-            self._digest.update(memoryview(buffer)[:used])
+            if self._error is None and not self._given_up:
+                try:
+                    self._write(memoryview(buffer)[:used])
+                except Exception as error:
+                    self._error = error
             self._free.put(buffer)
 
-    def _stop(self) -> None:
-        self._full.put(None)
-        self._thread.join()
+    def _write(self, piece: memoryview) -> None:
+        written = self._out.write(piece)
+        while self._raw and written < len(piece):
+            written += self._out.write(piece[written:])
+        if self._digest:
+            self._digest.update(piece)
+        self._size += len(piece)
 
 
 def _widen(out: BinaryIO) -> None:
