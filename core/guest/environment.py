@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,5 +49,5 @@ def of_command(request: Request, disks: Sequence[str]) -> Mapping[str, str]:
         _HOST: f"{platform.system()} {platform.release()}",
         "DM_DISABLE_UDEV": "1",  # there is no udev that would answer libdevmapper
         "TMPDIR": "/var/tmp",  # noqa: S108 - on the scratch disk itself; /tmp is the host's with the disk over it
-        "PATH": f"{given.get('PATH', os.defpath)}:/usr/sbin:/sbin",
+        "PATH": f"{given.get('PATH', os.defpath)}:{os.path.dirname(sys.executable)}:/usr/sbin:/sbin",
     }

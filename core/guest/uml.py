@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerfs.errors import InvalidArgument
+from layerfs.guest import xstate
 from layerfs.guest.kind import Devices, Kind, Wires, boot_parameters, find_program
 from layerfs.guest.request import Request
 from layerfs.guest.sandbox import PRIVATE
@@ -28,6 +29,7 @@ class Uml(Kind):
             raise InvalidArgument(f"User-Mode Linux has at most {_MOST_DISKS - 1} disks beside its own")
         self._kernel = str(request.kernel or find_program("linux.uml", "user-mode-linux"))
         find_program("modprobe", "kmod")
+        self._preloaded = xstate.library()
 
     @property
     def modules(self) -> Path | None:
@@ -42,7 +44,10 @@ class Uml(Kind):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        return {"TMPDIR": str(PRIVATE)}  # its memory is a file there
+        return {
+            "TMPDIR": str(PRIVATE),  # its memory is a file there
+            **({"LD_PRELOAD": str(self._preloaded)} if self._preloaded else {}),
+        }
 
     def command(self, wires: Wires, disks: Sequence[int], private: Path) -> Sequence[str]:
         return [
