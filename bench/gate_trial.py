@@ -9,6 +9,7 @@ that are done are kept in a file, so that the same command goes on where it was 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from layerfs.backing import DIRECTORY
 from layerfs.bench import calibration, recorded, runner, statistics, workload
 from layerfs.bench.caches import write_back
 from layerfs.bench.cli import PIPE_WIDTH, bar
@@ -141,6 +143,7 @@ class Settings:
     driver: str
     size: int
     rounds: int
+    backing: str
     whole_matrix: bool
 
     def workloads(self, seed: int, *, faulty: bool) -> list[Workload]:
@@ -167,6 +170,7 @@ class Outcome:
 @click.option(
     "--rounds", type=click.IntRange(5), default=10, show_default=True, help="Samples of each side in a trial."
 )
+@click.option("--backing", metavar="FS", help="As for layerfs bench [default: ext4 as root, else dir].")
 @click.option("--quiet-trials", default=50, show_default=True, help="Trials with nothing changed.")
 @click.option("--fault-trials", default=10, show_default=True, help="Trials of every fault.")
 @click.option("--whole-matrix", is_flag=True, help="Nothing changed: the default profile's whole matrix (hours).")
@@ -182,6 +186,7 @@ def main(
     driver: str,
     size: str,
     rounds: int,
+    backing: str | None,
     quiet_trials: int,
     fault_trials: int,
     whole_matrix: bool,
@@ -189,8 +194,9 @@ def main(
     output: Path,
 ) -> None:
     """Count how often the gate finds known slowdowns, and how often it cries wolf."""
+    backing = backing or ("ext4" if os.geteuid() == 0 else DIRECTORY)
     userns.enter()
-    settings = Settings(driver, parse_size(size), rounds, whole_matrix)
+    settings = Settings(driver, parse_size(size), rounds, backing, whole_matrix)
     done = _earlier(output, settings)
     wanted = [(False, number) for number in range(quiet_trials)] + [(True, number) for number in range(fault_trials)]
     random.Random(1).shuffle(wanted)  # noqa: S311 - so that a slow hour meets both kinds
@@ -263,6 +269,7 @@ def _trial(
         rounds=settings.rounds,
         seed=seed,
         place=place,
+        filesystem=settings.backing,
     )
     kinds = {changed[name]: fault.target for name, fault in faults.items()}
     whole = recorded.taken(runner.run(plan, interrupts, progress, kinds=kinds), "trial")
