@@ -7,6 +7,7 @@ import ctypes
 import enum
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +52,20 @@ class Reached:
         return self.resident <= _COLD_AT_MOST if self.asked is CacheState.COLD else self.resident >= _WARM_AT_LEAST
 
 
-def establish(state: CacheState, file: Path) -> Reached:
-    """Bring ``file`` into ``state`` (cold or warm) and say how far that went.
+def establish(state: CacheState, *files: Path) -> Reached:
+    """Bring ``files`` of one size into ``state`` (cold or warm) and say how far that went.
 
     Cold: dirty data is written back; then ``/proc/sys/vm/drop_caches``, which only root of the host may write, drops
-    every copy (lower, upper, backing device); otherwise posix_fadvise(2) drops the file's own pages.
+    every copy (lower, upper, backing device); otherwise posix_fadvise(2) drops the files' own pages.
     """
     how, share = "", 1.0
     for _ in range(_ATTEMPTS):
-        how = _cool(file) if state is CacheState.COLD else _heat(file)
-        share = resident(file)
+        how = _cool(files) if state is CacheState.COLD else _heat(files)
+        share = sum(map(resident, files)) / len(files)
         if Reached(state, how, share).as_asked:
             break
+    if state is CacheState.COLD:
+        _cool(files)  # the look at them has brought names and inodes back
     return Reached(state, how, share)
 
 
@@ -118,26 +121,28 @@ def _resident(descriptor: int, length: int) -> float:
         _libc.munmap(address, length)
 
 
-def _cool(file: Path) -> str:
-    write_back(file)
+def _cool(files: Sequence[Path]) -> str:
+    write_back(files[0])
     try:
         with open("/proc/sys/vm/drop_caches", "w") as control:
             control.write("3")
     except OSError:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
         return "fadvise"
     return "drop_caches"
 
 
-def _heat(file: Path) -> str:
+def _heat(files: Sequence[Path]) -> str:
     buffer = bytearray(_CHUNK)
-    with open(file, "rb", buffering=0) as source:
-        while source.readinto(buffer):
-            pass
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
     return "read"
 
 

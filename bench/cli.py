@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from layerfs.cli.output import print_json, print_table
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
 from layerfs.guest import KINDS
 from layerfs.kernel import userns
-from layerfs.sizes import parse_size
+from layerfs.sizes import format_size, parse_size
 
 PIPE_WIDTH = 200  # where no terminal tells its own
 _GUEST_MEMORY, _MEMORY_OF_SIZES = 4 << 30, 6  # bytes; times the large file: daemons, and what is cached
@@ -111,7 +111,7 @@ def bench(
             targets.insert(0, NATIVE)
         plan = runner.Plan(
             targets=targets,
-            workloads=workload.chosen(_possible(wanted, names, errors), sizes, seed, full=usual.sweeps),
+            workloads=_fitting(_possible(wanted, names, errors), sizes, seed, errors, full=usual.sweeps),
             size=max(sizes),
             rounds=rounds,
             seed=seed,
@@ -176,6 +176,24 @@ def _possible(wanted: list[str], named: tuple[str, ...], errors: Console) -> lis
     for name, reason in refused.items():
         errors.print(f"Left out: {name}: {reason}", markup=False)
     return [name for name in wanted or known if name not in refused]
+
+
+def _fitting(
+    names: Sequence[str], sizes: Sequence[int], seed: int, errors: Console, *, full: bool
+) -> list[workload.Workload]:
+    """The workloads with these sizes; what is not measured at one of them is said."""
+    reasons: list[str] = []
+
+    def leave_out(work: workload.Workload) -> None:
+        label = work.label if "size" in work.swept else f"{work.label} at {format_size(work.size)}"
+        reasons.append(f"{label}: {work.misfit}")
+
+    works = workload.chosen(names, sizes, seed, full=full, left_out=leave_out)
+    if not works:
+        raise InvalidArgument(f"nothing is left to measure: {'; '.join(reasons)}; give a larger --size")
+    for reason in reasons:
+        errors.print(f"Left out: {reason}", markup=False)
+    return works
 
 
 def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:

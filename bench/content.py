@@ -14,7 +14,15 @@ from pathlib import Path
 LOWER_FILE = "lower.dat"
 """The large file in the base layer that `lower_file` describes."""
 
+SMALLEST, SMALL = 4096, 1 << 20
+"""Bytes: no file is smaller than the one, and of files below the other a sample takes many (see `alike`)."""
+_TOGETHER, _MOST_ALIKE = 4 << 20, 256
 _CHUNK = 1 << 20
+
+
+def alike(size: int) -> int:
+    """How many files of ``size`` bytes a sample works on: a figure of one small file would be noise."""
+    return max(1, min(_MOST_ALIKE, _TOGETHER // size)) if size < SMALL else 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,16 @@ class Base:
 def lower_file(size: int, seed: int) -> Base:
     """One file of ``size`` bytes, `LOWER_FILE`."""
     return Base(f"file-{size}-{seed}", size, lambda root: write_random(root / LOWER_FILE, size, seed))
+
+
+def lower_files(size: int, seed: int) -> Base:
+    """As many files of ``size`` bytes as are `alike`, with the names `lower_names`."""
+    return lower_file(size, seed) if alike(size) == 1 else even_files(alike(size), size, seed)
+
+
+def lower_names(size: int) -> list[str]:
+    """The names in the base layer of `lower_files`."""
+    return [LOWER_FILE] if alike(size) == 1 else [even_file(number) for number in range(alike(size))]
 
 
 def deepened(base: Base, depth: int) -> Base:

@@ -1,23 +1,25 @@
-"""What workloads have in common that read one large file of a lower layer."""
+"""What workloads have in common that read one large file of a lower layer, or many small ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.content import Base, lower_files, lower_names
+from layerfs.bench.target import Layer
 from layerfs.bench.workload import Workload
 
 
 @dataclass(frozen=True)
 class LowerReader(Workload):
-    """Reads `LOWER_FILE`, beginning with a cold cache, and writes nothing."""
+    """Reads `lower_names`, beginning with a cold cache, and writes nothing."""
 
     programs = ("fio",)
 
     @property
     def base(self) -> Base:
-        return lower_file(self.size, self.seed)
+        return lower_files(self.size, self.seed)
 
     @property
     def writes(self) -> int:
@@ -28,5 +30,9 @@ class LowerReader(Workload):
         return CacheState.COLD
 
     @property
-    def reads(self) -> str:
-        return LOWER_FILE
+    def reads(self) -> list[str]:
+        return lower_names(self.size)
+
+    def files(self, layer: Layer) -> list[Path]:
+        """What is to be read."""
+        return [layer.path / name for name in self.reads]

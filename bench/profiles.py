@@ -13,7 +13,7 @@ class Profile:
     """Defaults that single options override.
 
     Attributes:
-        sizes: of the large file, in bytes.
+        sizes: of the large file, in bytes; below 1M, of each of many (see `layerfs.bench.content.alike`).
         workloads: their names; empty for all.
         precision: half of each interval, as a part of the median, at which enough samples have been taken.
         seconds: to spend on each target at most, once every workload has its fewest rounds; None for no limit.
@@ -46,6 +46,11 @@ PROFILES: Mapping[str, Profile] = {
         (256 * _MIB,), ("seqwrite-new", "seqread-lower", "copyup-first-write", "layer-lifecycle", "diff-apply"), 0.1, 20
     ),
     "full": Profile(
-        tuple(size * _MIB for size in (1, 8, 16, 32, 64, 256, 512, 1024)), (), 0.03, None, sweeps=True, resumes=True
+        (4096, 65536, *(size * _MIB for size in (1, 8, 16, 32, 64, 256, 512, 1024))),
+        (),
+        0.03,
+        None,
+        sweeps=True,
+        resumes=True,
     ),
 }

@@ -28,7 +28,6 @@ from layerfs.bench.workload import Workload
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 from layerfs.sizes import format_size
 
-MINIMUM_SIZE = 1 << 20
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
 """Samples of each workload on each target, where their number is not given."""
 _JUDGED_FROM = 5
@@ -182,9 +181,6 @@ class _Failed:
 
 
 def _check(plan: Plan) -> None:
-    smallest = min(work.size for work in plan.workloads)
-    if smallest < MINIMUM_SIZE:
-        raise InvalidArgument(f"--size {format_size(smallest)} is too small to measure; give at least 1M")
     if plan.memory is not None and plan.memory < memory.SMALLEST:
         raise InvalidArgument(f"--memory {format_size(plan.memory)}: give at least {format_size(memory.SMALLEST)}")
     for program in sorted({program for work in plan.workloads for program in work.programs}):
@@ -311,11 +307,11 @@ def take_sample(work: Workload, target: Target, number: int, shared: Path, inter
 
 
 def settle(work: Workload, layer: Layer) -> Reached | None:
-    """Nothing is left to be written, and the file that is read is in the cache state that the workload names."""
+    """Nothing is left to be written, and the files that are read are in the cache state that the workload names."""
     caches.write_back(*([layer.tree] if layer.tree else []), layer.shared)
     if work.cache is CacheState.ANY:
         return None
-    return caches.establish(work.cache, layer.path / work.reads)
+    return caches.establish(work.cache, *(layer.path / name for name in work.reads))
 
 
 def _cache_notes(samples: Sequence[Sample]) -> list[str]:

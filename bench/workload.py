@@ -11,13 +11,16 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from layerfs.bench import content
 from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base
 from layerfs.bench.target import Layer
@@ -47,6 +50,25 @@ class Timing:
     latencies: Mapping[float, int] = field(default_factory=dict)
     processor: float = 0.0
     course: Sequence[float] = ()
+
+
+def repeated(timings: Sequence[Timing]) -> Timing:
+    """A step that was done several times, as one `Timing`: the median repetition, with all of them as latencies.
+
+    Where the repetitions have latencies of their own, those are kept.
+    """
+    first = timings[0]
+    if len(timings) == 1:
+        return first
+    latencies: Counter[float] = Counter()
+    for timing in timings:
+        latencies.update(timing.latencies or {timing.seconds: 1})
+    return dataclasses.replace(
+        first,
+        seconds=statistics.median(timing.seconds for timing in timings),
+        processor=statistics.median(timing.processor for timing in timings),
+        latencies=latencies,
+    )
 
 
 class Stopwatch:
@@ -79,7 +101,7 @@ class Workload(ABC):
     clocks itself. Data that was dirty when it begins has been written back.
 
     Attributes:
-        size: bytes that the run's large file has (``--size``).
+        size: bytes that the run's large file has (``--size``), or each of many small ones (see `alike`).
         seed: of every random choice in the workload.
         swept: names of the parameters of which the run measures several values.
     """
@@ -98,14 +120,28 @@ class Workload(ABC):
     about_layers: ClassVar[bool] = False
     """True where making, mounting or transferring layers is the work: targets without layers are passed over."""
 
+    sized: ClassVar[bool] = True
+    """False where ``--size`` has no meaning: of several sizes it is then measured once."""
+    too_small: ClassVar[str] = ""
+    """Why files below `content.SMALL` are nothing for it; "" where they are."""
+
     size: int
     seed: int
     swept: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.size < content.SMALLEST:
+            raise InvalidArgument(f"--size {format_size(self.size)} is too small to measure; give at least 4K")
+
     @property
-    def fits(self) -> bool:
-        """Whether these parameters go together (a block is not larger than the file)."""
-        return True
+    def misfit(self) -> str:
+        """Why these parameters do not go together; "" where they do."""
+        return self.too_small if self.size < content.SMALL else ""
+
+    @property
+    def alike(self) -> int:
+        """Files of ``size`` that a sample works on, one after the other; figures are those of one of them."""
+        return content.alike(self.size)
 
     @classmethod
     def hindrance(cls) -> str:
@@ -120,7 +156,7 @@ class Workload(ABC):
     @property
     def writes(self) -> int:
         """The most bytes that one sample adds to the backing."""
-        return self.size
+        return self.size * self.alike
 
     @property
     def cache(self) -> CacheState:
@@ -128,9 +164,9 @@ class Workload(ABC):
         return CacheState.ANY
 
     @property
-    def reads(self) -> str:
-        """The file, relative to the layer's root, whose cache state matters; "" where none does."""
-        return ""
+    def reads(self) -> Sequence[str]:
+        """The files, relative to the layer's root, whose cache state matters."""
+        return ()
 
     def prepare(self, shared: Path) -> None:  # noqa: B027 - most workloads need nothing
         """Make what all samples share and no driver keeps, in the directory ``shared``; called once a run."""
@@ -181,8 +217,18 @@ def discover() -> dict[str, type[Workload]]:
     return found
 
 
-def chosen(names: Sequence[str], sizes: Sequence[int], seed: int, *, full: bool = False) -> list[Workload]:
+def chosen(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    seed: int,
+    *,
+    full: bool = False,
+    left_out: Callable[[Workload], None] = lambda _work: None,
+) -> list[Workload]:
     """The workloads of these names (all for none), with each combination of sizes and their swept parameters.
+
+    Args:
+        left_out: called with each combination that does not go together (see `Workload.misfit`).
 
     Raises `InvalidArgument` for a name that is not there.
     """
@@ -191,16 +237,21 @@ def chosen(names: Sequence[str], sizes: Sequence[int], seed: int, *, full: bool 
         if name not in known:
             raise InvalidArgument(f"there is no workload {name!r}; there are {', '.join(known)}")
     kinds = [known[name] for name in dict.fromkeys(names or known)]
-    return [variant for kind in kinds for variant in _variants(kind, sizes, seed, full=full)]
+    made = [variant for kind in kinds for variant in _variants(kind, sizes, seed, full=full)]
+    for work in made:
+        if work.misfit:
+            left_out(work)
+    return [work for work in made if not work.misfit]
 
 
 def _variants(kind: type[Workload], sizes: Sequence[int], seed: int, *, full: bool) -> list[Workload]:
+    sizes = sizes if kind.sized else [max(sizes)]
     sweep = {**({"size": sizes} if len(sizes) > 1 else {}), **kind.sweep, **(kind.full_sweep if full else {})}
     made = []
     for values in itertools.product(*sweep.values()):
         given: dict[str, Any] = {"size": sizes[0], **dict(zip(sweep, values, strict=True))}
         made.append(kind(seed=seed, swept=tuple(sweep), **given))
-    return [work for work in made if work.fits]
+    return made
 
 
 def _shown(name: str, value: Any) -> str:

@@ -67,8 +67,8 @@ def hindrance(cell: Cell, scale: Scale, left_out: Mapping[str, str]) -> str:
     parameters: dict[str, Any] = cell.parameters(scale)
     if parameters["size"] > scale[LARGEST]:
         return f"it takes a file of {amount(parameters['size'])}, which only a larger --profile measures"
-    if not discover()[cell.workload](seed=0, **parameters).fits:
-        return f"a file of {amount(parameters['size'])} is too small for it; a larger --size or --profile helps"
+    if misfit := discover()[cell.workload](seed=0, **parameters).misfit:
+        return f"{cell.workload} with {amount(parameters['size'])}: {misfit}; a larger --size or --profile may help"
     return ""
 
 

@@ -151,7 +151,7 @@ def size_sweep(machine: Machine) -> Panel:
         pictures[name] = plots.lines(title, axis, Axis(_SPEED, axes.speed, log=True, most=5), courses, within)
     if not pictures:
         names = ",".join(dict.fromkeys(workload for workload, *_ in _SWEPT))
-        wanted = f"layerfs bench --driver all --size 1M,16M,64M,256M,1G --workload {names}"
+        wanted = f"layerfs bench --driver all --size 4K,64K,1M,16M,64M,256M,1G --workload {names}"
         return Panel("size", "Size of the file", wanted=wanted)
     note = (
         f"Bands are 95 % confidence intervals. {where} The article's points (iozone, 2017) come from another machine, "

@@ -21,6 +21,7 @@ class AppendMany(Workload):
 
     name = "append-many"
     summary = "append a line to each of many small files of a lower layer, by one task or several"
+    sized = False
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 10, 100)}
 
     files: int = 1000
@@ -53,6 +54,8 @@ class AppendBig(AppendMany):
 
     name = "append-big"
     summary = "append a line to each of a few big files of a lower layer"
+    sized = True
+    too_small = "its eight files have this size together; append-many has small ones"
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {}
 
     files: int = 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 
@@ -29,12 +29,14 @@ class BsCrossover(Workload):
         return min(self.size, self.most)
 
     @property
+    def misfit(self) -> str:
+        return "" if self.block <= self.amount else "the block is larger than the file"
+
+    @property
     def writes(self) -> int:
-        return self.amount
+        return self.amount * self.alike
 
     def measure(self, layer: Layer) -> list[Timing]:
-        timings = []
-        for mode in ("write", "read"):
-            done = fio.run(layer.path / "blocks.dat", mode, self.block, self.amount, seed=self.seed)
-            timings.append(Timing(mode, done.seconds, bytes=done.bytes, processor=done.processor))
-        return timings
+        files = [layer.path / f"blocks-{number}.dat" for number in range(self.alike)]
+        jobs = [plain.Job(mode, self.block, self.amount, self.seed, new=True) for mode in ("write", "read")]
+        return [plain.run(job.mode, files, job) for job in jobs]

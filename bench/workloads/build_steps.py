@@ -16,6 +16,7 @@ class BuildSteps(Workload):
 
     name = "build-steps"
     summary = "make, mount, change and commit layer upon layer over a parent of small files, as an image is built"
+    sized = False
     mounted = False
     about_layers = True
 

@@ -24,6 +24,7 @@ class CacheShare(Workload):
 
     name = "cache-share"
     summary = "read one file of a lower layer in several layers at a time; the bytes cached for all of them"
+    too_small = "a small file's pages are shared as a large one's are"
     mounted = False
     about_layers = True
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 2, 4, 8, 16)}

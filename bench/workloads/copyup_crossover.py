@@ -6,11 +6,12 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench.content import Base, lower_files, lower_names
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,33 @@ class CopyupCrossover(Workload):
     block: int = 4096
 
     @property
+    def misfit(self) -> str:
+        return "" if self._blocks * self.percent >= 100 else f"{self.percent:g} % of the file is less than a block"
+
+    @property
     def base(self) -> Base:
-        return lower_file(self.size, self.seed)
+        return lower_files(self.size, self.seed)
 
     def measure(self, layer: Layer) -> list[Timing]:
         source = random.Random(self.seed)  # noqa: S311
         data = source.randbytes(self.block)
-        blocks = self.size // self.block
-        changed = source.sample(range(blocks), max(1, round(blocks * self.percent / 100)))
+        changed = source.sample(range(self._blocks), round(self._blocks * self.percent / 100))
+        return [repeated([self._change(layer.path / name, data, changed) for name in lower_names(self.size)])]
+
+    def _change(self, path: Path, data: bytes, changed: Sequence[int]) -> Timing:
         clock = Stopwatch()
-        file = os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             for number in changed:
                 os.pwrite(file, data, number * self.block)
             os.fsync(file)
         finally:
             os.close(file)
-        return [clock.lap("change", operations=len(changed))]
+        return clock.lap("change", operations=len(changed))
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes copied up": layer.grown}
+        return {"bytes copied up": layer.grown // self.alike}
+
+    @property
+    def _blocks(self) -> int:
+        return self.size // self.block

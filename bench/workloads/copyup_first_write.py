@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
-from layerfs.bench.content import LOWER_FILE, Base, deepened, lower_file
+from layerfs.bench.content import Base, deepened, lower_files, lower_names
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 
 
 @dataclass(frozen=True)
 class CopyupFirstWrite(Workload):
     """Unions copy the whole file within open(2), where no I/O tester looks; so each system call has its own clock.
 
-    With a ``change`` of 0 the file is opened for writing and nothing is written.
+    With a ``change`` of 0 the file is opened for writing and nothing is written. Of many small files, making the layer
+    and its space are left out, for they are not those of one file.
     """
 
     name = "copyup-first-write"
@@ -26,17 +28,22 @@ class CopyupFirstWrite(Workload):
 
     @property
     def base(self) -> Base:
-        return deepened(lower_file(self.size, self.seed), self.depth)
+        return deepened(lower_files(self.size, self.seed), self.depth)
 
     def measure(self, layer: Layer) -> list[Timing]:
+        every = [self._open(layer.path / name) for name in lower_names(self.size)]
+        timings = [repeated(steps) for steps in zip(*every, strict=True)]
+        if layer.created is None or self.alike > 1:
+            return timings
+        return [*timings, Timing("make the layer", layer.created)]
+
+    def _open(self, path: Path) -> list[Timing]:
         clock = Stopwatch()
-        file = os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            timings = [clock.lap("open"), *(self._change(file) if self.change else [])]
+            return [clock.lap("open"), *(self._change(file) if self.change else [])]
         finally:
             os.close(file)
-        made = [Timing("make the layer", layer.created)] if layer.created is not None else []
-        return [*timings, *made]
 
     def _change(self, file: int) -> list[Timing]:
         data = random.Random(self.seed).randbytes(self.change)  # noqa: S311
@@ -51,4 +58,5 @@ class CopyupFirstWrite(Workload):
         return [*timings, clock.lap("second write")]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes copied up": layer.grown, "bytes when fresh": layer.fresh_size}
+        copied = {"bytes copied up": layer.grown // self.alike}
+        return copied if self.alike > 1 else {**copied, "bytes when fresh": layer.fresh_size}

@@ -19,6 +19,7 @@ class DeepLayers(Workload):
 
     name = "deep-layers"
     summary = "open, stat and miss files of the lowest of many layers, each name for the first time"
+    sized = False
     sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 16)}
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 2, 4, 8, 16, 32, 64, 100)}
 

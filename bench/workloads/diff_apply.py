@@ -17,6 +17,7 @@ class DiffApply(Workload):
 
     name = "diff-apply"
     summary = "apply a layer tar of a thousand files; make the diff of as many files just written"
+    too_small = "its thousand files have this size together"
     mounted = False
     about_layers = True
 

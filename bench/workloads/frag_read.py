@@ -21,6 +21,7 @@ class FragRead(LowerReader):
 
     name = "frag-read"
     summary = "read a file cold and in order after a tenth of its 4K blocks was overwritten in the layer; its extents"
+    too_small = "a tenth of so few blocks leaves no pieces to speak of"
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"percent": (0, 1, 10, 50)}
 
     percent: int = 10

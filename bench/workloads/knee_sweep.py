@@ -19,6 +19,7 @@ class KneeSweep(Workload):
 
     name = "knee-sweep"
     summary = "write and read a new file with memory capped below and above its size (root)"
+    too_small = "no cap on memory is so small"
     programs = ("fio",)
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"memory": (256 << 20, 512 << 20, 1 << 30)}
 

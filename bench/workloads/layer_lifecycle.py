@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import ClassVar
 
 from layerfs.bench.content import Base, small_files, write_random
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class LayerLifecycle(Workload):
 
     name = "layer-lifecycle"
     summary = "make, mount, unmount and remove a layer over a small parent, many times, each step apart"
+    sized = False
     mounted = False
     about_layers = True
 
@@ -60,7 +59,7 @@ class LayerLifecycle(Workload):
                 taken[step].append(clock.lap(step))
         if self.written:
             self._left[layer.key] = max(0, target.held() - before)
-        return [_median(step, timings) for step, timings in taken.items()]
+        return [repeated(timings) for timings in taken.values()]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes left on disk": self._left.pop(layer.key)} if self.written else {}
@@ -76,8 +75,3 @@ class LayerLifecycle(Workload):
     @staticmethod
     def _key(layer: Layer) -> str:
         return f"{layer.key} repeated"
-
-
-def _median(step: str, timings: list[Timing]) -> Timing:
-    seconds = [timing.seconds for timing in timings]
-    return Timing(step, median(seconds), latencies=Counter(seconds), processor=median(t.processor for t in timings))

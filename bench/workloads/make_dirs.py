@@ -15,6 +15,7 @@ class MakeDirs(Workload):
 
     name = "make-dirs"
     summary = "make many directories in a fresh layer, a hundred in each"
+    sized = False
 
     directories: int = 2000
 

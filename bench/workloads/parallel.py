@@ -87,6 +87,7 @@ class ParallelHeavy(Workload):
 
     name = "parallel-heavy"
     summary = "several writers at a time into parts of a file that the layer holds, in random 4K blocks, then fsync"
+    too_small = "the writers would be done before the last has begun"
     programs = ("fio",)
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"writers": (1, 4, 16, 64)}
 
@@ -94,8 +95,9 @@ class ParallelHeavy(Workload):
     part: int = 32
 
     @property
-    def fits(self) -> bool:
-        return self.size // self.writers >= 4096 * self.part
+    def misfit(self) -> str:
+        small = self.size // self.writers < 4096 * self.part
+        return super().misfit or (f"a writer's share has less than {self.part} blocks" if small else "")
 
     def set_up(self, layer: Layer) -> None:
         fio.run(layer.path / "own.dat", "write", _MIB, self.size, seed=self.seed + 1, end_fsync=1)
@@ -115,6 +117,7 @@ class ParallelRead(LowerReader):
 
     name = "parallel-read"
     summary = "several readers at a time of one file of a lower layer, each all of it, beginning with a cold cache"
+    too_small = "a reader would be done before the next one has begun"
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 10, 100)}
 
     readers: int = 4

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE
 from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
@@ -24,12 +23,13 @@ class Randread(LowerReader):
     state: CacheState = CacheState.COLD
 
     @property
+    def misfit(self) -> str:
+        return "" if self.block < self.size else "the file is one block, which has no random order"
+
+    @property
     def cache(self) -> CacheState:
         return self.state
 
     def measure(self, layer: Layer) -> list[Timing]:
-        amount = max(self.size // self.part, self.block)
-        done = fio.run(layer.path / LOWER_FILE, "randread", self.block, self.size, seed=self.seed, io_size=amount)
-        return [
-            Timing("read", done.seconds, operations=done.operations, latencies=done.latencies, processor=done.processor)
-        ]
+        job = plain.Job("randread", self.block, self.size, self.seed, part=self.size // self.part)
+        return [plain.run("read", self.files(layer), job)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from layerfs.bench import fio
-from layerfs.bench.content import LOWER_FILE, Base, lower_file
+from layerfs.bench import plain
+from layerfs.bench.content import Base, lower_files, lower_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 
@@ -28,30 +28,20 @@ class Randwrite(Workload):
     fsync: bool = True
 
     @property
+    def misfit(self) -> str:
+        return "" if self.block < self.size else "the file is one block, which has no random order"
+
+    @property
     def base(self) -> Base:
-        return lower_file(self.size, self.seed)
+        return lower_files(self.size, self.seed)
 
     def set_up(self, layer: Layer) -> None:
-        os.close(os.open(layer.path / LOWER_FILE, os.O_RDWR | os.O_CLOEXEC))
+        for name in lower_names(self.size):
+            os.close(os.open(layer.path / name, os.O_RDWR | os.O_CLOEXEC))
 
     def measure(self, layer: Layer) -> list[Timing]:
-        amount = max(self.size // self.part, self.block)
-        done = fio.run(
-            layer.path / LOWER_FILE,
-            "randwrite",
-            self.block,
-            self.size,
-            seed=self.seed,
-            io_size=amount,
-            end_fsync=int(self.fsync),
-            overwrite=1,
-            allow_file_create=0,
-        )
-        return [
-            Timing(
-                "write", done.seconds, operations=done.operations, latencies=done.latencies, processor=done.processor
-            )
-        ]
+        job = plain.Job("randwrite", self.block, self.size, self.seed, part=self.size // self.part, fsync=self.fsync)
+        return [plain.run("write", [layer.path / name for name in lower_names(self.size)], job)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes allocated": layer.grown}
+        return {"bytes allocated": layer.grown // self.alike}

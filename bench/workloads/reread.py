@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerfs.bench import fio
-from layerfs.bench.content import LOWER_FILE
+from layerfs.bench import plain
 from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
@@ -21,8 +20,5 @@ class Reread(LowerReader):
     block: int = 1 << 20
 
     def measure(self, layer: Layer) -> list[Timing]:
-        timings = []
-        for step in ("first read", "second read"):
-            done = fio.run(layer.path / LOWER_FILE, "read", self.block, self.size, seed=self.seed)
-            timings.append(Timing(step, done.seconds, bytes=done.bytes, processor=done.processor))
-        return timings
+        job = plain.Job("read", self.block, self.size, self.seed)
+        return [plain.run(step, self.files(layer), job) for step in ("first read", "second read")]

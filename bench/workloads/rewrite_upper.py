@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 
@@ -21,12 +22,15 @@ class RewriteUpper(Workload):
     fsync: bool = True
 
     def set_up(self, layer: Layer) -> None:
-        fio.run(layer.path / "own.dat", "write", 1 << 20, self.size, seed=self.seed + 1, end_fsync=1)
+        job = plain.Job("write", 1 << 20, self.size, self.seed + 1, new=True, fsync=True)
+        plain.run("make", self._files(layer), job)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        file = layer.path / "own.dat"
-        done = fio.run(file, "write", self.block, self.size, seed=self.seed, end_fsync=int(self.fsync), overwrite=1)
-        return [Timing("rewrite", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
+        job = plain.Job("write", self.block, self.size, self.seed, fsync=self.fsync)
+        return [plain.run("rewrite", self._files(layer), job)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes allocated": layer.grown}
+        return {"bytes allocated": layer.grown // self.alike}
+
+    def _files(self, layer: Layer) -> list[Path]:
+        return [layer.path / f"own-{number}.dat" for number in range(self.alike)]

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import LOWER_FILE
 from layerfs.bench.lower_reader import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
@@ -30,5 +29,4 @@ class SeqreadLower(LowerReader):
         return self.state
 
     def measure(self, layer: Layer) -> list[Timing]:
-        done = fio.run(layer.path / LOWER_FILE, "read", self.block, self.size, seed=self.seed)
-        return [Timing("read", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
+        return [plain.run("read", self.files(layer), plain.Job("read", self.block, self.size, self.seed))]

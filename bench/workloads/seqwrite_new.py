@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 
@@ -21,10 +21,9 @@ class SeqwriteNew(Workload):
     fsync: bool = True
 
     def measure(self, layer: Layer) -> list[Timing]:
-        done = fio.run(
-            layer.path / "new.dat", "write", self.block, self.size, seed=self.seed, end_fsync=int(self.fsync)
-        )
-        return [Timing("write", done.seconds, bytes=done.bytes, latencies=done.latencies, processor=done.processor)]
+        files = [layer.path / f"new-{number}.dat" for number in range(self.alike)]
+        job = plain.Job("write", self.block, self.size, self.seed, new=True, fsync=self.fsync)
+        return [plain.run("write", files, job)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes allocated": layer.grown}
+        return {"bytes allocated": layer.grown // self.alike}

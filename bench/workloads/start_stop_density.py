@@ -18,6 +18,7 @@ class StartStopDensity(Workload):
 
     name = "start-stop-density"
     summary = "make and mount many layers on one parent, all at once mounted, then unmount and remove them"
+    sized = False
     mounted = False
     about_layers = True
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"layers": (20, 100, 1000), "tasks": (1, 8)}

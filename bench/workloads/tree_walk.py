@@ -20,6 +20,7 @@ class TreeWalk(Workload):
 
     name = "tree-walk"
     summary = "walk a lower layer's tree of two thousand files twice and stat each, by one task or several"
+    sized = False
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 10, 100)}
 
     files: int = 2000
