@@ -7,6 +7,7 @@ import ctypes
 import enum
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 _COLD_AT_MOST = 0.02
 _WARM_AT_LEAST = 0.98
 _ATTEMPTS = 3
+_SETTLING = 0.3  # seconds in which other programs read back what was dropped of theirs
 _CHUNK = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,6 +68,7 @@ def establish(state: CacheState, *files: Path) -> Reached:
             break
     if state is CacheState.COLD:
         _cool(files)  # the look at them has brought names and inodes back
+        time.sleep(_SETTLING)
     return Reached(state, how, share)
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,16 +137,30 @@ def in_guest(command: str, kind: str, size: int, output: Path | None, scratch: P
         command: its name; its options are those of the running one, but for the guest's own.
         size: bytes of the largest file, which memory is given for.
     """
-    request = layerfs.guest.Request(
-        command=(sys.executable, "-m", "layerfs.cli", command, *_given_options("guest", "scratch")),
+    words = [command, *_given_options("guest", "scratch")]
+    writable = {Path.cwd(), *([output.absolute().parent] if output else [])} - {Path("/")}
+    return layerfs.guest.run(guest_request(words, kind, size, scratch or default_scratch(), writable))
+
+
+def guest_request(
+    words: Sequence[str], kind: str, size: int, place: Path, writable: Iterable[Path], kernel: str | None = None
+) -> layerfs.guest.Request:
+    """The guest for a command of layerfs that measures.
+
+    Args:
+        words: the command and its options; ``size``: bytes of the largest file, which memory is given for.
+        place, writable, kernel: as `layerfs.guest.Request` has them.
+    """
+    return layerfs.guest.Request(
+        command=(sys.executable, "-m", "layerfs.cli", *words),
         kind=kind,
         memory=max(_GUEST_MEMORY, _MEMORY_OF_SIZES * size),
         cpus=1 if kind == "uml" else len(os.sched_getaffinity(0)),
-        place=scratch or default_scratch(),
-        writable=tuple({Path.cwd(), *([output.absolute().parent] if output else [])} - {Path("/")}),
+        place=place,
+        kernel=kernel,
+        writable=tuple(writable),
         progress=lambda what: click.echo(f"{what} …", err=True),
     )
-    return layerfs.guest.run(request)
 
 
 def _given_options(*but: str) -> list[str]:

@@ -11,12 +11,14 @@ import click
 from rich.console import Console
 
 from layerfs.bench import interleaved, recorded, verdicts
-from layerfs.bench.cli import PIPE_WIDTH, bar
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_scratch
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
 from layerfs.bench.recorded import Key, Recorded
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
 from layerfs.errors import InvalidArgument, refused
+from layerfs.guest import KINDS
+from layerfs.sizes import parse_size
 
 EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
 
@@ -45,6 +47,9 @@ def compare_command(base: Path, head: Path, calibration: Path | None, force: boo
 @click.argument("head", type=_file, required=False)
 @click.option("--build-base", metavar="CMD", help="Makes the base's environment in the directory {} (see below).")
 @click.option("--build-head", metavar="CMD", help="The same for the head.")
+@click.option("--base-kernel", metavar="IMAGE", help="Measure in guests instead: the base's kernel.")
+@click.option("--head-kernel", metavar="IMAGE", help="The head's kernel.")
+@click.option("--guest", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Their kind of guest.")
 @click.option("--driver", "drivers", default="all", show_default=True, help="What to measure; as for layerfs bench.")
 @click.option("--size", default="64M", show_default=True, help="As for layerfs bench.")
 @click.option("--workload", "names", multiple=True, help="As for layerfs bench.")
@@ -66,6 +71,9 @@ def gate(
     head: Path | None,
     build_base: str | None,
     build_head: str | None,
+    base_kernel: str | None,
+    head_kernel: str | None,
+    guest: str,
     drivers: str,
     size: str,
     names: tuple[str, ...],
@@ -86,7 +94,8 @@ def gate(
     """Fail where HEAD is slower than BASE, or does more.
 
     BASE and HEAD are run files of one machine, or directories: Python environments with layerfs, which are measured
-    in turn in this one job. --build-base and --build-head make such environments.
+    in turn in this one job. --build-base and --build-head make such environments. With --base-kernel and --head-kernel,
+    the two sides are kernels: each round is a guest of its own, and its kernel is all that differs.
 
     \b
     Exit codes:
@@ -102,29 +111,48 @@ def gate(
       layerfs gate --driver overlay2 --markdown "$GITHUB_STEP_SUMMARY" \\
         --build-base 'sh -c "git worktree add {}.src origin/main && python3 -m venv {} && {}/bin/pip install {}.src"' \\
         --build-head 'sh -c "python3 -m venv {} && {}/bin/pip install ."'
+
+    \b
+    Two kernels, of User-Mode Linux or (as root or not) of QEMU:
+      layerfs gate --driver overlay2 --base-kernel /usr/bin/linux.uml --head-kernel ./linux
+      layerfs gate --driver all --guest qemu --base-kernel ./old/boot/vmlinuz --head-kernel ./new/boot/vmlinuz
     """
     smallest = SMALLEST_THRESHOLD if threshold is None else threshold / 100
     if build_base and base and not head:
         base, head = None, base  # the one that is left to name
-    if base and head and base.is_file() and head.is_file() and not (build_base or build_head):
+    builds, kernels = (build_base, build_head), (base_kernel, head_kernel)
+    if base and head and base.is_file() and head.is_file() and not any((*builds, *kernels)):
         comparison = _of_files(base, head, calibration, smallest, force=force)
     else:
         options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
         options += [f"--backing={backing}"] if backing else []
-        options += [f"--scratch={scratch.absolute()}"] if scratch else []
+        place = (scratch or default_scratch()).absolute()
         with ExitStack() as stack:
-            one = stack.enter_context(interleaved.built(build_base, _needed(base, build_base, "base"), "base"))
-            two = stack.enter_context(interleaved.built(build_head, _needed(head, build_head, "head"), "head"))
+            if any(kernels):
+                if base or head or any(builds) or not all(kernels):
+                    raise InvalidArgument("give --base-kernel and --head-kernel, and no other sides beside them")
+                largest = max(map(parse_size, size.split(",")))
+                sides = [interleaved.on_kernel(guest, str(kernel), largest, place) for kernel in kernels]
+            else:
+                options += [f"--scratch={place}"] if scratch else []
+                given = ((build_base, base, "base"), (build_head, head, "head"))
+                sides = [
+                    interleaved.in_environment(
+                        stack.enter_context(interleaved.built(command, _needed(there, command, side), side))
+                    )
+                    for command, there, side in given
+                ]
             progress = stack.enter_context(bar(Console(stderr=True, highlight=False)))
             measured = interleaved.measure(
-                one,
-                two,
+                sides[0],
+                sides[1],
                 options,
                 rounds=rounds,
                 seed=secrets.randbelow(2**30) if seed is None else seed,
                 calibrate=calibrate,
                 keep=keep,
                 progress=progress,
+                ignoring=("kernel",) if any(kernels) else (),
             )
         comparison = compare(measured.base, measured.head, measured.thresholds, smallest=smallest, force=force)
     _print(comparison, as_json)

@@ -1,7 +1,8 @@
-"""Two versions of layerfs measured in one job, round by round in turn: figures of two jobs do not compare.
+"""Two sides measured in one job, round by round in turn: figures of two jobs do not compare.
 
-A version is a Python environment with layerfs installed in it. Each runs as a process of its own, one round at a time
-and in random order; the base runs twice where the machine's noise is to be known.
+A side is a version of layerfs, which is a Python environment with layerfs installed in it, or a kernel, which this
+layerfs is measured on. Each round is a process or a guest of its own, in random order; the base runs twice where the
+machine's noise is to be known.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import random
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import layerfs.guest
 from layerfs.bench import calibration
+from layerfs.bench.cli import guest_request
 from layerfs.bench.recorded import Key, Recorded, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
@@ -27,6 +30,10 @@ class BenchmarkFailed(LayerfsError):
     """A version could not be built, or its measurement ended with an error."""
 
     exit_code = 4
+
+
+Side = Callable[[Sequence[str], Path], tuple[int, str]]
+"""Runs layerfs with these words, the run file going to this directory; answers with its exit code and what it said."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def built(command: str | None, given: Path | None, side: str) -> Iterator[Path]:
 
 
 def measure(
-    base: Path,
-    head: Path,
+    base: Side,
+    head: Side,
     options: Sequence[str],
     *,
     rounds: int,
@@ -78,12 +85,14 @@ def measure(
     calibrate: bool,
     keep: Path | None = None,
     progress: Callable[[str, float], None] = lambda _text, _part: None,
+    ignoring: Collection[str] = (),
 ) -> Measured:
-    """Measure both versions in turn.
+    """Measure both sides in turn.
 
     Args:
         options: of ``layerfs bench``, the same for both.
         keep: a directory for the run files of every round.
+        ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
     Raises `BenchmarkFailed`, or `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended
     for such a reason.
@@ -92,14 +101,17 @@ def measure(
     order = random.Random(seed)  # noqa: S311
     found: dict[str, list[Recorded]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory(prefix="layerfs-gate-") as scratch:
+        folder = (keep or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
         for number in range(rounds):
             for arm in order.sample(list(arms), len(arms)):
                 done = sum(map(len, found.values()))
                 progress(f"round {number + 1} of {rounds}: {arm}", done / (rounds * len(arms)))
-                file = (keep or Path(scratch)) / f"{number:03}-{arm.replace(' ', '-')}.json"
-                _bench(arms[arm], arm, [*options, f"--seed={seed + number}", f"--output={file}"])
+                file = folder / f"{number:03}-{arm.replace(' ', '-')}.json"
+                words = ["bench", "--no-native", "--rounds=1", *options, f"--seed={seed + number}", f"--output={file}"]
+                _told(arm, *arms[arm](words, folder))
                 found[arm].append(read(file))
-    sides = {arm: together(runs, arm) for arm, runs in found.items()}
+    sides = {arm: together(runs, arm).without(ignoring) for arm, runs in found.items()}
     thresholds = _thresholds(sides[BASE], sides[AGAIN]) if calibrate else {}
     return Measured(sides[BASE], sides[HEAD], thresholds)
 
@@ -112,19 +124,53 @@ def _thresholds(base: Recorded, again: Recorded) -> dict[Key, float]:
     }
 
 
-def _bench(environment: Path, arm: str, options: Sequence[str]) -> None:
-    command = [*_program(environment), "bench", "--no-native", "--rounds=1", *options]
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=variables
-    )
-    if done.returncode == 0:
+def in_environment(environment: Path) -> Side:
+    """A version of layerfs."""
+
+    def run(words: Sequence[str], _folder: Path) -> tuple[int, str]:
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        command = [*_program(environment), *words]
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=variables
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+def on_kernel(kind: str, kernel: str, size: int, place: Path) -> Side:
+    """This layerfs in a guest of such a kernel; a guest for each round.
+
+    Args:
+        size: bytes of the largest file; ``place``: the directory for the guests' disks.
+    """
+
+    def run(words: Sequence[str], folder: Path) -> tuple[int, str]:
+        request = guest_request(
+            words, kind, size, place, [folder], os.path.abspath(kernel) if "/" in kernel else kernel
+        )
+        with tempfile.TemporaryFile("w+") as said, open(os.devnull, "wb") as nothing:
+            try:
+                code = layerfs.guest.run(request, output=nothing.fileno(), errors=said.fileno())
+            except (InvalidArgument, EnvironmentUnfit) as error:
+                return error.exit_code, str(error)
+            except LayerfsError as error:  # the guest itself ended
+                return BenchmarkFailed.exit_code, str(error)
+            said.seek(0)
+            return code, said.read()
+
+    return run
+
+
+def _told(arm: str, code: int, said: str) -> None:
+    """Raise what an exit code means."""
+    if code == 0:
         return
-    if done.returncode in (-2, 130):
+    if code in (-2, 130):
         raise KeyboardInterrupt
-    said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1].removeprefix("layerfs: ")
+    last = (said.strip().splitlines() or [f"it ended with {code}"])[-1].removeprefix("layerfs: ")
     kinds = {kind.exit_code: kind for kind in (InvalidArgument, EnvironmentUnfit, OutOfSpace)}
-    raise kinds.get(done.returncode, BenchmarkFailed)(f"measuring the {arm}: {said}")
+    raise kinds.get(code, BenchmarkFailed)(f"measuring the {arm}: {last}")
 
 
 def _program(environment: Path) -> list[str]:

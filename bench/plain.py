@@ -78,6 +78,9 @@ def _by_calls(step: str, file: Path, job: Job) -> Timing:
     clock = Stopwatch()
     descriptor = os.open(file, flags | os.O_CLOEXEC, 0o644)
     try:
+        os.posix_fadvise(
+            descriptor, 0, 0, os.POSIX_FADV_RANDOM if at_random else os.POSIX_FADV_SEQUENTIAL
+        )  # as fio does
         for offset, piece in zip(offsets, parts, strict=True):
             begin = time.perf_counter()
             operate(descriptor, [piece], offset)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,10 @@ class Recorded:
             {key._replace(target=named): value for key, value in self.thresholds.items() if key.target == target},
             self.warnings,
         )
+
+    def without(self, facts: Collection[str]) -> Recorded:
+        """The same, as if nobody knew these facts of the machine."""
+        return replace(self, machine={name: value for name, value in self.machine.items() if name not in facts})
 
 
 def read(file: Path) -> Recorded:

@@ -5,6 +5,7 @@ The host's file tree is its root through hostfs, disks are ubd devices, and the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class Uml(Kind):
             raise InvalidArgument("User-Mode Linux has one processor; take --cpus 1, or --kind qemu")
         if len(request.disks) >= _MOST_DISKS:
             raise InvalidArgument(f"User-Mode Linux has at most {_MOST_DISKS - 1} disks beside its own")
-        self._kernel = str(request.kernel or find_program("linux.uml", "user-mode-linux"))
+        if request.kernel and not os.access(request.kernel, os.X_OK):
+            raise InvalidArgument(f"there is no program {request.kernel!r}; a kernel of User-Mode Linux is one")
+        self._kernel = os.path.abspath(request.kernel or find_program("linux.uml", "user-mode-linux"))
         find_program("modprobe", "kmod")
         self._preloaded = xstate.library()
 
