@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerfs.bench import fio, runner, statistics, workload
+from layerfs.bench import fio, plain, runner, statistics, workload
 from layerfs.bench.cli import PIPE_WIDTH, bar
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE
@@ -31,7 +31,7 @@ from layerfs.bench.workload import Workload
 from layerfs.cli import app
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
-from layerfs.errors import EnvironmentUnfit, LayerfsError
+from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError
 from layerfs.sizes import format_size, parse_size
 
 TOLERATED = 0.05
@@ -78,6 +78,8 @@ def main(size: str, rounds: int, seed: int | None, scratch: Path, as_json: bool)
     """
     if os.geteuid() != 0:
         raise EnvironmentUnfit("making files cold by hand takes root; run it as root")
+    if parse_size(size) < plain.FIO_FROM:
+        raise InvalidArgument(f"layerfs runs fio on files from {format_size(plain.FIO_FROM)} on; give a larger --size")
     if not fio.version():
         raise EnvironmentUnfit("fio was not found; install the package fio")
     errors = Console(stderr=True, highlight=False)

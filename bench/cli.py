@@ -39,7 +39,7 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 @click.command()
 @click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="How much [default: default; in guests: guest].")
-@click.option("--size", help="Size of the large file, such as 64M or 1G; several with commas [default: 256M].")
+@click.option("--size", help="Size of the large file, from 4K on, such as 64M; several with commas [default: 256M].")
 @click.option("--workload", "names", multiple=True, help="Only this workload; may be repeated, or given with commas.")
 @click.option("--output", type=click.Path(path_type=Path), help="The run file [default: in ./results if it is there].")
 @click.option("--rounds", type=click.IntRange(1), help="Samples of each workload [default: as many as it takes].")
@@ -90,6 +90,13 @@ def bench(
       default  plain I/O, copy-up, the life of layers, diff and apply, until intervals are narrow or time is spent
       guest    what tells most of that, to a wider interval: guest kernels are slow
       full     every workload with every size and parameter; when it was stopped, the same command goes on
+
+    Below 1M, a sample takes many files of the size, and its figures are those of one.
+
+    \b
+    Examples:
+      layerfs bench --driver overlay2,btrfs --size 1G
+      layerfs bench --driver all --workload seqwrite-new,reread --size 4K,64K,1M,512M
     """
     if listing:
         _list(as_json)

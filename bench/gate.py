@@ -113,7 +113,7 @@ def gate(
         --build-head 'sh -c "python3 -m venv {} && {}/bin/pip install ."'
 
     \b
-    Two kernels, of User-Mode Linux or (as root or not) of QEMU:
+    Two kernels, of User-Mode Linux and of QEMU:
       layerfs gate --driver overlay2 --base-kernel /usr/bin/linux.uml --head-kernel ./linux
       layerfs gate --driver all --guest qemu --base-kernel ./old/boot/vmlinuz --head-kernel ./new/boot/vmlinuz
     """

@@ -168,11 +168,38 @@ def test_the_backing_can_be_chosen(scratch: Path, tmp_path: Path) -> None:
     assert facts["backing"]["disk"].startswith("loop")
 
 
+def test_small_files_are_many_in_a_sample_and_the_figures_are_those_of_one(scratch: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["--driver", "overlay2", "--size", "4K,64K,1M", "--rounds", "1", "--output", str(file)]
+    works = ["seqwrite-new", "seqread-lower", "reread", "rewrite-upper", "randread", "randwrite", "bs-crossover"]
+    works += ["copyup-first-write", "copyup-crossover", "parallel-light", "frag-read", "layer-lifecycle"]
+    done = _bench(scratch, *arguments, "--workload", ",".join(works))
+    assert done.returncode == 0, done.stderr
+    assert "Left out: randread 4K: the file is one block" in done.stderr
+    assert "Left out: frag-read 64K:" in done.stderr
+    found = {entry["fullname"]: entry for entry in json.loads(file.read_text())["benchmarks"]}
+    labels = {entry["extra_info"]["label"] for entry in found.values()}
+    assert {
+        f"{work} {size}" for work in ("seqwrite-new", "reread", "copyup-first-write") for size in ("4K", "64K", "1M")
+    } <= labels
+    assert {"randwrite 64K", "bs-crossover 64K 64K", "bs-crossover 4K 4K", "frag-read 1M", "layer-lifecycle"} <= labels
+    assert not {"randwrite 4K", "bs-crossover 4K 64K", "frag-read 4K", "layer-lifecycle 4K"} & labels
+    for size, files in ((4096, 256), (65536, 64)):
+        written = found[f"seqwrite-new/write[overlay2-{size >> 10}K]"]["extra_info"]
+        assert written["bytes"] == [size]
+        assert sum(count for _, count in written["latencies"][0]) == files
+        copied = found[f"copyup-first-write/open[overlay2-{size >> 10}K]"]["extra_info"]["counters"]
+        assert size <= copied["bytes copied up"][0] < size + 4096
+    cold = found["seqread-lower/read[overlay2-4K-cold]"]["extra_info"]["cache"]
+    assert cold[0]["as_asked"] or cold[0]["how"] == "fadvise"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (["--driver", "nonesuch"], 2, "nonesuch"),
-        (["--driver", "vfs", "--size", "1K"], 2, "1M"),
+        (["--driver", "vfs", "--size", "1K"], 2, "4K"),
+        (["--driver", "vfs", "--size", "4K", "--workload", "randread"], 2, "one block"),
         (["--driver", "vfs", "--workload", "nonesuch"], 2, "seqwrite-new"),
         (["--driver", "vfs", "--size", "900P"], 9, "free"),
         (["--driver", "vfs", "--backing", "nonesuch", "--size", "1M"], 2, "nonesuch"),

@@ -80,7 +80,7 @@ def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch
 
 
 def test_the_check_against_fio_measures_both(scratch: Path) -> None:
-    done = _module("check_fio", "--size=1M", "--rounds=3", f"--scratch={scratch}", "--json")
+    done = _module("check_fio", "--size=64M", "--rounds=3", f"--scratch={scratch}", "--json")
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     assert set(found) == {"seqwrite-new", "seqread-lower cold", "randread", "randwrite"}
