@@ -154,7 +154,8 @@ def size_sweep(machine: Machine) -> Panel:
         wanted = f"layerfs bench --driver all --size 4K,64K,1M,16M,64M,256M,1G --workload {names}"
         return Panel("size", "Size of the file", wanted=wanted)
     note = (
-        f"Bands are 95 % confidence intervals. Below 1M a sample takes many files, opening included. {where} The article's points (iozone, 2017) come from another machine, "
+        f"Bands are 95 % confidence intervals. Below 1M a sample takes many files, with their opening. "
+        f"{where} The article's points (iozone, 2017) come from another machine, "
         "from its page cache and without fsync: compare the shapes, not the heights. Its Read column for aufs repeats "
         "its Re-write column and is left out."
     )
