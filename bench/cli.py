@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerfs.guest
 from layerfs import registry
+from layerfs.backing import DIRECTORY
 from layerfs.bench import calibration, runfile, runner, table, workload
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
@@ -230,6 +231,14 @@ def _list(as_json: bool) -> None:
         print_json([{"name": name, "summary": summary} for name, summary in rows])
     else:
         print_table(("workload", "measures"), rows)
+
+
+def default_backing() -> str:
+    """For comparing drivers and versions: a fresh file system, on which nothing else has left its traces.
+
+    To be asked before a user namespace makes anybody root.
+    """
+    return "ext4" if os.geteuid() == 0 else DIRECTORY
 
 
 def default_scratch() -> Path:

@@ -92,6 +92,11 @@ class Comparison:
         return [clock for clock in self.clocks if clock.verdict is Verdict.UNCLEAR]
 
     @property
+    def settled(self) -> bool:
+        """Whether more samples would hardly say more: no time is unclear, or a counter, which is sure, is worse."""
+        return not self.unclear or any(counter.verdict is Verdict.WORSE for counter in self.counters)
+
+    @property
     def verdict(self) -> Verdict:
         """Of the whole."""
         if self.regressions:

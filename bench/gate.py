@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from layerfs.bench import interleaved, recorded, verdicts
-from layerfs.bench.cli import PIPE_WIDTH, bar, default_scratch
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
 from layerfs.bench.recorded import Key, Recorded
 from layerfs.cli.common import json_option
@@ -53,9 +53,18 @@ def compare_command(base: Path, head: Path, calibration: Path | None, force: boo
 @click.option("--driver", "drivers", default="all", show_default=True, help="What to measure; as for layerfs bench.")
 @click.option("--size", default="64M", show_default=True, help="As for layerfs bench.")
 @click.option("--workload", "names", multiple=True, help="As for layerfs bench.")
-@click.option("--backing", metavar="FS", help="As for layerfs bench.")
+@click.option("--backing", metavar="FS", help="As for layerfs bench [default: ext4 as root, else dir].")
 @click.option("--scratch", type=_file, help="As for layerfs bench.")
-@click.option("--rounds", type=click.IntRange(5), default=10, show_default=True, help="Samples of each side.")
+@click.option("--rounds", type=click.IntRange(5), default=10, show_default=True, help="Samples of each side at least.")
+@click.option(
+    "--max-time",
+    "seconds",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=600,
+    show_default=True,
+    help="For more rounds while something cannot be told.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="As for layerfs bench.")
 @click.option("--calibrate/--no-calibrate", default=True, help="Measure the base twice: its noise [default: on].")
 @click.option("--calibration", type=_file, help="Run file to take thresholds from, where BASE and HEAD are run files.")
@@ -80,6 +89,7 @@ def gate(
     backing: str | None,
     scratch: Path | None,
     rounds: int,
+    seconds: float,
     seed: int | None,
     calibrate: bool,
     calibration: Path | None,
@@ -125,7 +135,7 @@ def gate(
         comparison = _of_files(base, head, calibration, smallest, force=force)
     else:
         options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
-        options += [f"--backing={backing}"] if backing else []
+        options += [f"--backing={backing or default_backing()}"]
         place = (scratch or default_scratch()).absolute()
         with ExitStack() as stack:
             if any(kernels):
@@ -143,6 +153,10 @@ def gate(
                     for command, there, side in given
                 ]
             progress = stack.enter_context(bar(Console(stderr=True, highlight=False)))
+
+            def judged(found: interleaved.Measured) -> Comparison:
+                return compare(found.base, found.head, found.thresholds, smallest=smallest, force=force)
+
             measured = interleaved.measure(
                 sides[0],
                 sides[1],
@@ -150,11 +164,13 @@ def gate(
                 rounds=rounds,
                 seed=secrets.randbelow(2**30) if seed is None else seed,
                 calibrate=calibrate,
+                settled=lambda found: judged(found).settled,
+                seconds=seconds,
                 keep=keep,
                 progress=progress,
                 ignoring=("kernel",) if any(kernels) else (),
             )
-        comparison = compare(measured.base, measured.head, measured.thresholds, smallest=smallest, force=force)
+            comparison = judged(measured)
     _print(comparison, as_json)
     _write(comparison, junit, markdown)
     if comparison.verdict is Verdict.WORSE:

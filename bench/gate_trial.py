@@ -9,7 +9,6 @@ that are done are kept in a file, so that the same command goes on where it was 
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
@@ -24,10 +23,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerfs.backing import DIRECTORY
 from layerfs.bench import calibration, recorded, runner, statistics, workload
 from layerfs.bench.caches import write_back
-from layerfs.bench.cli import PIPE_WIDTH, bar
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing
 from layerfs.bench.compare import compare
 from layerfs.bench.content import Base
 from layerfs.bench.interrupts import Interrupts
@@ -194,7 +192,7 @@ def main(
     output: Path,
 ) -> None:
     """Count how often the gate finds known slowdowns, and how often it cries wolf."""
-    backing = backing or ("ext4" if os.geteuid() == 0 else DIRECTORY)
+    backing = backing or default_backing()
     userns.enter()
     settings = Settings(driver, parse_size(size), rounds, backing, whole_matrix)
     done = _earlier(output, settings)

@@ -12,7 +12,8 @@ import random
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from layerfs.bench.cli import guest_request
 from layerfs.bench.recorded import Key, Recorded, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
+_MORE = 5  # rounds
 BASE, AGAIN, HEAD = "base", "base again", "head"
 
 
@@ -83,6 +85,8 @@ def measure(
     rounds: int,
     seed: int,
     calibrate: bool,
+    settled: Callable[[Measured], bool] = lambda _measured: True,
+    seconds: float = 0,
     keep: Path | None = None,
     progress: Callable[[str, float], None] = lambda _text, _part: None,
     ignoring: Collection[str] = (),
@@ -91,6 +95,8 @@ def measure(
 
     Args:
         options: of ``layerfs bench``, the same for both.
+        rounds: at least; then more, five at a time, until what was measured is ``settled``, or begun as long as they
+            will be done in ``seconds`` from now.
         keep: a directory for the run files of every round.
         ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
@@ -100,10 +106,11 @@ def measure(
     arms = {BASE: base, HEAD: head, **({AGAIN: base} if calibrate else {})}
     order = random.Random(seed)  # noqa: S311
     found: dict[str, list[Recorded]] = {arm: [] for arm in arms}
+    number, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="layerfs-gate-") as scratch:
         folder = (keep or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(rounds):
+        while True:
             for arm in order.sample(list(arms), len(arms)):
                 done = sum(map(len, found.values()))
                 progress(f"round {number + 1} of {rounds}: {arm}", done / (rounds * len(arms)))
@@ -111,8 +118,19 @@ def measure(
                 words = ["bench", "--no-native", "--rounds=1", *options, f"--seed={seed + number}", f"--output={file}"]
                 _told(arm, *arms[arm](words, folder))
                 found[arm].append(read(file))
+            number += 1
+            if number < rounds:
+                continue
+            measured = _together(found, ignoring)
+            taken = time.monotonic() - began
+            if settled(measured) or taken * (number + _MORE) / number > seconds:
+                return measured
+            rounds = number + _MORE
+
+
+def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]) -> Measured:
     sides = {arm: together(runs, arm).without(ignoring) for arm, runs in found.items()}
-    thresholds = _thresholds(sides[BASE], sides[AGAIN]) if calibrate else {}
+    thresholds = _thresholds(sides[BASE], sides[AGAIN]) if AGAIN in sides else {}
     return Measured(sides[BASE], sides[HEAD], thresholds)
 
 

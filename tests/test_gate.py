@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -226,6 +228,29 @@ def test_two_environments_are_measured_in_turn_and_a_counter_gives_the_slow_one_
     assert "bytes when fresh" in worse
     assert verdict["calibrated"]
     assert sorted(os.listdir(keep))[:3] == ["000-base-again.json", "000-base.json", "000-head.json"]
+    assert len(os.listdir(keep)) == 15, "a counter is sure: no more rounds"
+
+
+def test_more_rounds_are_measured_while_something_is_unclear(environments: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = environments
+    options = ["--driver", "overlay2", "--size", "1M", "--workload", "copyup-first-write", "--rounds", "5", "--json"]
+    for seconds, rounds in ((0, 5), (10**6, 10)):
+        keep = tmp_path / str(seconds)
+        limit = ["--max-time", str(seconds), "--threshold", "0"]  # nothing is ever surely the same
+        with subprocess.Popen(
+            [*_LAYERFS, "gate", str(base), str(base), *options, *limit, "--keep", str(keep)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as gate:
+            while gate.poll() is None and (not keep.exists() or len(os.listdir(keep)) < 3 * rounds):
+                time.sleep(0.1)
+            if seconds:
+                assert gate.poll() is None, "it goes on"
+                gate.send_signal(signal.SIGINT)
+                assert gate.wait() == 130
+            else:
+                assert gate.wait() in (0, 1)
+        assert len(os.listdir(keep)) >= 3 * rounds
 
 
 def test_a_build_that_fails_is_no_regression(environments: tuple[Path, Path]) -> None:

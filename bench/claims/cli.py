@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import sys
@@ -14,13 +13,12 @@ import click
 from rich.console import Console
 
 from layerfs import registry
-from layerfs.backing import DIRECTORY
 from layerfs.bench import runfile, runner
 from layerfs.bench.claims import catalogue, evidence, plan, scoreboard
 from layerfs.bench.claims.catalogue import LARGEST, Catalogue, Claim, Scale
 from layerfs.bench.claims.evidence import Evidence
 from layerfs.bench.claims.judge import judge
-from layerfs.bench.cli import PIPE_WIDTH, bar, default_scratch, in_guest
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch, in_guest
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
 from layerfs.bench.native import NATIVE
@@ -155,7 +153,7 @@ def _measured(
 ) -> Evidence:
     """Measure what the claims need, and keep it in the run file ``file``."""
     place = (scratch or default_scratch()).absolute()
-    backing = backing or ("ext4" if os.geteuid() == 0 else DIRECTORY)
+    backing = backing or default_backing()
     usual = PROFILES[profile]
     resumes = profile != "smoke"
     seed = (1 if resumes else secrets.randbelow(2**31)) if seed is None else seed
