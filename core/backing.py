@@ -130,10 +130,29 @@ class Backing:
         Raises `InvalidArgument` for less than there is now.
         """
         with _locked(self.root):
-            self._state = self._load()
-            self._state.spec = self._kind.enlarge(size)
-            _write_state(self.root, self._state)
-            self._kind.grow()
+            self._grow(size)
+
+    def extend(self) -> None:
+        """Make a sparse file larger where what is on it is about to be full, if its kind grows by itself.
+
+        Cheap where there is nothing to do. Also finishes what a killed process left of that.
+        """
+        if self._kind.outgrown() is None:
+            return
+        with _locked(self.root):
+            if (size := self._kind.outgrown()) is not None:
+                self._grow(size)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context, nobody makes the backing larger, or takes it down or up. Not to be nested."""
+        with _locked(self.root):
+            yield
+
+    def failures(self) -> int:
+        """How often writes have failed for want of space since it was made, where its kind keeps count."""
+        with _locked(self.root):
+            return self._kind.failures()
 
     def destroy(self) -> None:
         """Take it down and delete it with all its data; a device loses its signature.
@@ -152,6 +171,12 @@ class Backing:
     def space(self) -> Space:
         """What is free and what there is, for a sparse file no more than the file system below has. It must be up."""
         return self._kind.space()
+
+    def _grow(self, size: int) -> None:
+        self._state = self._load()
+        self._state.spec = self._kind.enlarge(size)
+        _write_state(self.root, self._state)
+        self._kind.grow()
 
     @property
     def _kind(self) -> Kind:
@@ -194,7 +219,10 @@ def _make(root: Path, state: _State, *, force: bool) -> None:
 def _locked(root: Path) -> Iterator[None]:
     with places.opened(root / _LOCK, os.O_RDWR | os.O_CREAT) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a process that another thread has forked meanwhile has the descriptor too
 
 
 def _read_state(root: Path) -> _State:
@@ -203,12 +231,4 @@ def _read_state(root: Path) -> _State:
 
 
 def _write_state(root: Path, state: _State) -> None:
-    """Replace ``backing.json`` as a whole, safe against a crash at any point."""
-    new = root / f"{_STATE}.new"
-    with open(new, "w") as file:
-        json.dump(dataclasses.asdict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(root / _STATE)
-    with places.directory(root) as fd:
-        os.fsync(fd)
+    places.write_whole(root / _STATE, json.dumps(dataclasses.asdict(state)))

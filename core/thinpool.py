@@ -33,9 +33,11 @@ class Status:
     Attributes:
         transaction: the number that `Pool.set_transaction` last set.
         used, total: bytes of data; metadata_used, metadata_total: bytes of metadata.
-        mode: ``rw``; ``out_of_data_space``, in which every write to a new block fails; ``ro`` after the metadata became
-            full or could not be written; ``failed`` when even reading is impossible.
+        mode: ``rw``; ``out_of_data_space``, in which every write to a new block waits or fails; ``ro`` after the
+            metadata became full or could not be written; ``failed`` when even reading is impossible.
         needs_check: the metadata have to be checked while the pool is down.
+        refuses: a write that finds no block fails at once. One that may wait by the pool's table has this set once it
+            has waited for too long (dm_thin_pool's parameter ``no_space_timeout``), until the pool is resumed.
     """
 
     transaction: int
@@ -45,6 +47,7 @@ class Status:
     metadata_total: int
     mode: str
     needs_check: bool = False
+    refuses: bool = True
 
     @property
     def free(self) -> int:
@@ -78,6 +81,7 @@ class Pool:
             metadata_total * METADATA_BLOCK,
             mode,
             needs_check="needs_check" in rest,
+            refuses="error_if_no_space" in rest,
         )
 
     def create(self, number: int) -> None:
@@ -126,11 +130,15 @@ class Pool:
         return dm.block_name(os.makedev(int(major), int(minor)))
 
 
-def pool_table(metadata: str, data: str, size: int) -> list[dm.Target]:
-    """The table of a pool over two block devices, ``size`` bytes of data large; when it is full, writes fail at once.
+def pool_table(metadata: str, data: str, size: int, *, low_water: int | None = None) -> list[dm.Target]:
+    """The table of a pool over two block devices, ``size`` bytes of data large.
+
+    When it is full, writes fail at once; or with ``low_water`` they wait for it to be made larger, and there is an
+    event already when only so many bytes are left.
 
     Blocks are zeroed before they are handed out, so that no layer sees what another one has deleted.
     """
     chunk = CHUNK // dm.SECTOR
     sectors = size // CHUNK * chunk
-    return [dm.Target(0, sectors, "thin-pool", f"{metadata} {data} {chunk} 0 1 error_if_no_space")]
+    when_full = "0 1 error_if_no_space" if low_water is None else f"{low_water // CHUNK} 0"
+    return [dm.Target(0, sectors, "thin-pool", f"{metadata} {data} {chunk} {when_full}")]

@@ -105,7 +105,9 @@ class Pool(NamedTuple):
 
 
 def made(place: Path, *, options: dict[str, str] | None = None, **spec: int | str | None) -> Pool:
-    backing = Backing.create(place, BackingSpec("thinpool", **({"size": 256 * MIB} | spec)))  # type: ignore[arg-type]
+    """A pool of 256 MiB that does not grow by itself, but for what ``spec`` says."""
+    wanted: dict[str, Any] = {"size": 256 * MIB, "largest": 256 * MIB} | spec
+    backing = Backing.create(place, BackingSpec("thinpool", **wanted))
     backing.up()
     root = backing.path / "driver"
     root.mkdir(mode=0o700, exist_ok=True)
@@ -167,7 +169,8 @@ def sealed_base(driver: Driver, size: int = 5 * MIB) -> Tree:
 # Killed at every step
 
 
-_LOOKS = frozenset(iowr(0xFD, number, 312) for number in (0, 2, 7, 12, 13, 17))  # versions, lists, status, tables
+# Versions, lists, status, tables, and what the thread that watches the pool waits for.
+_LOOKS = frozenset(iowr(0xFD, number, 312) for number in (0, 2, 7, 12, 13, 16, 17))
 
 
 def steps(event: str, args: tuple[Any, ...]) -> bool:
@@ -378,8 +381,12 @@ while True:
 # Full
 
 
-def fill(driver: Driver, volume: str, name: str, size: int, *, sync: bool) -> None:
-    with mounts.opened(driver.mounts(volume, ())) as fd:
+def fill(driver: Driver, volume: str, name: str, size: int, *, sync: bool, watched: bool = True) -> None:
+    """Write to a volume; unless it is ``watched``, while no process has the store open."""
+    found = driver.mounts(volume, ())
+    if not watched:
+        driver.close()
+    with mounts.opened(found) as fd:
         block = os.urandom(MIB)
         with open(f"/proc/self/fd/{fd}/{name}", "wb", buffering=0) as file:
             file.writelines(block for _ in range(size // MIB))
@@ -436,9 +443,10 @@ def test_what_was_lost_without_a_word_is_not_sealed(pool: Pool, base: Tree) -> N
 
 
 @in_guest
-def test_metadata_run_short_with_an_error_and_not_with_a_stop(tmp_path: Path) -> None:
+def test_metadata_run_short_with_an_error_and_not_with_a_stop(tmp_path: Path, device: Callable[..., str]) -> None:
     """A pool whose metadata are full stops for good (containerd's and Docker's users met that)."""
-    pool = made(tmp_path / "backing", metadata_size=2 * MIB)
+    spec = {"size": None, "largest": None, "device": device("data"), "metadata_device": device("metadata", 3 * MIB)}
+    pool = made(tmp_path / "backing", **spec)  # type: ignore[arg-type]
     try:
         base = sealed_base(pool.driver, MIB)
 
@@ -472,6 +480,244 @@ def test_space_goes_back_to_the_file_below(pool: Pool, base: Tree) -> None:
     pool.driver.remove("child")
     assert image.stat().st_blocks * 512 < before + 8 * MIB
     assert tree(pool.driver, "base") == base
+
+
+# Growing by itself
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def growing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
+    """A pool of 256 MiB that grows by itself, with a volume "work" that can be written to."""
+    before = leftovers()
+    found = made(tmp_path / "backing", options={"fs": request.param}, largest=None)
+    try:
+        found.driver.create("work", ())
+        yield found
+    finally:
+        found.driver.close()
+        found.backing.destroy()
+    assert leftovers() == before
+
+
+def waits(pool: Pool) -> bool:
+    """Whether a write to the pool waits where there is no space, by the table in use."""
+    return "error_if_no_space" not in dm.table(pool.backing.facts["pool"])[0].params
+
+
+@in_guest
+def test_the_next_call_makes_a_nearly_full_pool_larger(growing: Pool) -> None:
+    driver = growing.driver
+    fill(driver, "work", "much", 30 * MIB, sync=True, watched=False)
+    driver.seal("work", ())
+    before = tree(driver, "work")
+    driver.create("child", ["work"])
+    fill(driver, "child", "more", 200 * MIB - growing.used, sync=True, watched=False)
+    assert growing.backing.space().total == 256 * MIB
+    driver.create("next", ["work"])
+    assert growing.backing.space().total == 384 * MIB
+    assert Backing(growing.backing.root).spec.size == 384 * MIB
+    driver.seal("child", ["work"])
+    driver.close()
+    growing.backing.down()
+    growing.backing.up()
+    assert growing.backing.space().total == 384 * MIB
+    assert growing.check_all() == []
+    assert tree(driver, "work") == before
+    assert "more" in tree(driver, "child")
+
+
+@in_guest
+def test_a_pool_grows_while_a_container_writes_without_a_call(growing: Pool) -> None:
+    """Thrice what there was; no write fails, and nobody suspects that one has."""
+    driver = growing.driver
+    fill(driver, "work", "much", 700 * MIB, sync=True)
+    assert growing.backing.space().total > 700 * MIB
+    assert growing.backing.failures() == 0
+    driver.seal("work", ())
+    assert tree(driver, "work")["much"]
+    assert growing.check_all() == []
+
+
+@in_guest
+def test_a_write_waits_for_the_next_process_that_opens_the_store(growing: Pool) -> None:
+    [mount] = growing.driver.mounts("work", ())
+    growing.driver.close()
+    script = """
+import os, sys
+from pathlib import Path
+from layerfs import mounts
+from layerfs.driver import Mount
+with mounts.opened([Mount(sys.argv[1], sys.argv[2], tuple(sys.argv[3].split(",")))]) as fd:
+    with open(f"/proc/self/fd/{fd}/much", "wb") as file:
+        file.write(os.urandom(300 << 20))
+        os.fsync(file.fileno())
+"""
+    arguments = [mount.type, mount.source, ",".join(mount.options)]
+    writer = subprocess.Popen([sys.executable, "-c", script, *arguments])
+    pool = ThinPool(growing.backing.facts["pool"])
+    while writer.poll() is None and pool.status().mode == "rw":
+        time.sleep(0.05)
+    assert writer.poll() is None
+    driver = growing.reopened()
+    try:
+        driver.create("next", ())
+        assert writer.wait() == 0
+    finally:
+        driver.close()
+    assert growing.backing.failures() == 0
+    driver.seal("work", ())
+    assert growing.check_all() == []
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A kernel that lets writes to a full pool wait for a second only."""
+    timeout = Path("/sys/module/dm_thin_pool/parameters/no_space_timeout")
+    before = timeout.read_text()
+    timeout.write_text("1")
+    try:
+        yield
+    finally:
+        timeout.write_text(before)
+
+
+@in_guest
+@pytest.mark.usefixtures("impatient")
+def test_a_write_that_waited_in_vain_is_not_forgotten(growing: Pool) -> None:
+    """The pool grows afterwards, and the volume is not sealed as if nothing had happened."""
+    driver = growing.driver
+    with pytest.raises(OSError, match=r"No space|Input/output"):
+        fill(driver, "work", "much", 300 * MIB, sync=True, watched=False)
+    driver.create("next", ())
+    assert growing.backing.space().total > 256 * MIB
+    assert growing.backing.failures() == 1
+    assert waits(growing)
+    with pytest.raises(Damaged, match="layerfs check --repair"):
+        driver.seal("work", ())
+    driver.remove("work")
+    driver.create("work", ())
+    fill(driver, "work", "much", 300 * MIB, sync=True)
+    driver.seal("work", ())
+    assert growing.backing.failures() == 1
+
+
+@in_guest
+def test_at_its_largest_size_a_full_pool_is_an_error_at_once(tmp_path: Path) -> None:
+    pool = made(tmp_path / "backing", size=64 * MIB, largest=96 * MIB)
+    try:
+        pool.driver.create("work", ())
+        assert waits(pool)
+        with pytest.raises(OSError, match=r"No space|Input/output"):
+            fill(pool.driver, "work", "much", 200 * MIB, sync=True)
+        assert pool.backing.space().total == 96 * MIB
+        assert not waits(pool)
+        assert pool.backing.failures() > 0
+        with pytest.raises(OutOfSpace, match="remove some layers"):
+            pool.driver.create("next", ())
+    finally:
+        pool.driver.close()
+        pool.backing.destroy()
+
+
+@in_guest
+def test_growing_leaves_a_reserve_below(tmp_path: Path) -> None:
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(400 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", tmp_path / "disk"], check=True)
+    below = tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-o", "loop", tmp_path / "disk", below], check=True)
+    try:
+        pool = made(below / "backing", size=64 * MIB, largest=None)
+        try:
+            base = sealed_base(pool.driver)
+            pool.driver.create("work", ["base"])
+            with pytest.raises(OSError, match=r"No space|Input/output"):
+                fill(pool.driver, "work", "much", 500 * MIB, sync=True)
+            assert 240 * MIB < pool.backing.space().total < 400 * MIB
+            assert not waits(pool)
+            info = os.statvfs(below)
+            assert info.f_bavail * info.f_frsize > 12 * MIB
+            assert tree(pool.driver, "base") == base
+            pool.driver.remove("work")
+            pool.driver.create("next", ["base"])
+        finally:
+            pool.driver.close()
+            pool.backing.destroy()
+    finally:
+        subprocess.run(["umount", below], check=True)
+
+
+@in_guest
+def test_metadata_grow_by_themselves(tmp_path: Path) -> None:
+    pool = made(tmp_path / "backing", largest=None, metadata_size=2 * MIB)
+    try:
+        base = sealed_base(pool.driver, MIB)
+        status = pool.driver._session.pool.status
+        number = 0
+        while status().metadata_total == 2 * MIB:
+            number += 1
+            pool.driver.create(f"v{number}", ["base"])
+            assert status().metadata_used < 2 * MIB
+        assert status().metadata_total == 3 * MIB
+        assert status().total == 256 * MIB
+        pool.driver.create("last", ["base"])
+        assert pool.check_all() == []
+        pool.driver.close()
+        pool.backing.down()
+        pool.backing.up()
+        assert status().metadata_total == 3 * MIB
+        assert tree(pool.driver, "last") == base
+    finally:
+        pool.driver.close()
+        pool.backing.destroy()
+
+
+@in_guest
+def test_growing_can_be_killed_anywhere(tmp_path: Path) -> None:
+    """A pool may stay suspended then, or its file be larger than it knows; the next call finishes it."""
+    suspended = 0
+    step = 0
+    while True:
+        pool = made(tmp_path / "backing", size=64 * MIB, largest=None)
+        try:
+            pool.driver.create("work", ())
+            fill(pool.driver, "work", "much", 52 * MIB, sync=True, watched=False)
+            went_on = killed(pool.backing.extend, step)
+            found = dm.info(pool.backing.facts["pool"])
+            assert found is not None
+            suspended += found.suspended
+            driver = pool.reopened()
+            driver.create("next", ())
+            driver.close()
+            found = dm.info(pool.backing.facts["pool"])
+            assert found is not None
+            assert not found.suspended
+            assert pool.backing.space().total == 96 * MIB
+            assert Backing(pool.backing.root).spec.size == 96 * MIB
+            assert waits(pool)
+            assert pool.backing.failures() == 0
+            assert pool.check_all() == []
+            fill(driver, "work", "more", 16 * MIB, sync=True, watched=False)
+            driver.seal("work", ())
+        finally:
+            pool.backing.destroy()
+        if not went_on:
+            break
+        step += 1
+    assert step > 8
+    assert suspended > 0
+
+
+@in_guest
+def test_a_suspended_pool_is_resumed_by_the_next_call(growing: Pool) -> None:
+    """As a process leaves it that is killed while it makes the pool larger, which others are using."""
+    driver = growing.driver
+    dm.suspend(growing.backing.facts["pool"], freeze=False)
+    driver.mounts("work", ())
+    fill(driver, "work", "file", MIB, sync=True)
+    driver.seal("work", ())
+    assert growing.backing.failures() == 0
 
 
 # In use
@@ -696,13 +942,13 @@ def test_a_pool_grows_while_it_is_used(ext4: Pool) -> None:
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+def device(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Makes block devices that stand for disks; they are taken away in the end."""
     with contextlib.ExitStack() as stack:
 
-        def make(name: str) -> str:
+        def make(name: str, size: int = 128 * MIB) -> str:
             with open(tmp_path / name, "wb") as file:
-                file.truncate(128 * MIB)
+                file.truncate(size)
             with open(tmp_path / name, "r+b") as file:
                 path, fd = loop.attach(file.fileno())
             stack.callback(os.close, fd)
@@ -713,7 +959,7 @@ def device(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 @in_guest
 @pytest.mark.parametrize("apart", [False, True], ids=["one device", "metadata apart"])
-def test_a_pool_on_devices(tmp_path: Path, device: Callable[[str], str], apart: bool) -> None:
+def test_a_pool_on_devices(tmp_path: Path, device: Callable[..., str], apart: bool) -> None:
     data = device("data")
     metadata = device("metadata") if apart else None
     subprocess.run(["mkfs.ext4", "-q", data], check=True)
@@ -741,7 +987,7 @@ def test_a_pool_on_devices(tmp_path: Path, device: Callable[[str], str], apart: 
 
 
 @in_guest
-def test_a_device_that_is_another_one_is_refused(tmp_path: Path, device: Callable[[str], str]) -> None:
+def test_a_device_that_is_another_one_is_refused(tmp_path: Path, device: Callable[..., str]) -> None:
     data = device("data")
     backing = Backing.create(tmp_path / "backing", BackingSpec("thinpool", device=data))
     with open(data, "r+b") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerfs.backings.kind import BackingSpec, Kind, refuse_metadata
+from layerfs.backings.kind import BackingSpec, Kind, refuse_pool_settings
 from layerfs.errors import InvalidArgument
 
 
@@ -13,7 +13,7 @@ class Directory(Kind):
     def validate(cls, spec: BackingSpec) -> None:
         if spec.size is not None or spec.device is not None:
             raise InvalidArgument("a backing of kind 'dir' takes neither a size nor a device")
-        refuse_metadata(spec)
+        refuse_pool_settings(spec)
 
     def prepare(self, *, force: bool) -> BackingSpec:  # noqa: ARG002
         return self.spec

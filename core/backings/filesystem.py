@@ -15,7 +15,7 @@ from pathlib import Path
 
 from layerfs import filesystems, mounts
 from layerfs.backings import places
-from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_metadata
+from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_pool_settings
 from layerfs.driver import Mount
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, KernelRefused, LayerfsError, refused
 from layerfs.kernel import btrfs
@@ -33,7 +33,7 @@ class FileSystem(Kind):
     def validate(cls, spec: BackingSpec) -> None:
         smallest = filesystems.KINDS[spec.filesystem].smallest
         places.check_size(spec.size, spec.device, spec.filesystem, smallest)
-        refuse_metadata(spec)
+        refuse_pool_settings(spec)
 
     def prepare(self, *, force: bool) -> BackingSpec:
         if os.geteuid() != 0:

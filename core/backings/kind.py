@@ -35,6 +35,8 @@ class BackingSpec:
         device: a block device to use instead of a sparse file.
         metadata_size: bytes of a second sparse file, for kinds that keep metadata apart; None lets the kind choose.
         metadata_device: a second block device, for the metadata of such a kind; only together with ``device``.
+        largest: bytes up to which a sparse file becomes larger by itself, for kinds that do that; None is what the file
+            system below has room for, ``size`` keeps it as it is.
     """
 
     filesystem: str = DIRECTORY
@@ -42,6 +44,7 @@ class BackingSpec:
     device: str | None = None
     metadata_size: int | None = None
     metadata_device: str | None = None
+    largest: int | None = None
 
 
 class Space(NamedTuple):
@@ -113,6 +116,18 @@ class Kind(ABC):
     def grow(self) -> None:
         """Use the whole place; up or down afterwards as before."""
 
+    def outgrown(self) -> int | None:
+        """What `enlarge` and `grow` are to be called with now, so that it does not become full; None: nothing to do.
+
+        It is also what finishes a `grow` that was broken off; it may then be the present size. Called without the lock,
+        too, as a first look.
+        """
+        return None
+
+    def failures(self) -> int:
+        """How often writes have failed for want of space since it was made, as far as the kind keeps count."""
+        return 0
+
     @abstractmethod
     def erase(self) -> None:
         """Take from a device what `make` put there; sparse files among `files` go by themselves. It is down."""
@@ -126,10 +141,12 @@ class Kind(ABC):
         return {}
 
 
-def refuse_metadata(spec: BackingSpec) -> None:
-    """Raise `InvalidArgument` where a spec for a kind without metadata of its own gives a place for them."""
+def refuse_pool_settings(spec: BackingSpec) -> None:
+    """Raise `InvalidArgument` where a spec for a kind other than a thin pool gives what only that knows."""
     if spec.metadata_size is not None or spec.metadata_device is not None:
         raise InvalidArgument(f"a backing of kind {spec.filesystem!r} keeps no metadata apart; leave that out")
+    if spec.largest is not None:
+        raise InvalidArgument(f"a backing of kind {spec.filesystem!r} does not grow by itself; leave its end out")
 
 
 def free_bytes(path: Path) -> int:

@@ -160,6 +160,18 @@ def release(image: Path) -> None:
 # Files
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Give the file ``path`` other contents, safe against a crash at any point: it has the old or the new ones."""
+    new = path.with_name(f"{path.name}.new")
+    with open(new, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+    with directory(path.parent) as fd:
+        os.fsync(fd)
+
+
 @contextmanager
 def opened(path: Path | str, flags: int) -> Iterator[int]:
     """A descriptor of ``path``, made with mode 0600 where ``flags`` say so."""

@@ -4,6 +4,11 @@ The data lie on ``backing.img`` or the given device; the metadata on ``metadata.
 metadata are made as large as they can become, so that the data are always full first: a pool without room for its
 metadata stops for good until it has been checked.
 
+A pool on sparse files grows by itself: whenever it is asked whether it is `ThinPool.outgrown`, and by a quarter free at
+most, it becomes larger by half, as long as the file system below keeps a twentieth of its size free. A write that finds
+no block waits for that, but not for longer than the kernel says (dm_thin_pool's parameter ``no_space_timeout``, a
+minute). Where it cannot become larger, as on a device, writes to a full pool fail at once.
+
 A device that was given begins with a header of one MiB that says whose it is; the pool uses what comes behind it.
 `Kind.facts` has ``pool``, the name of the pool's device; devices that a driver makes of the pool begin with that name
 and a hyphen.
@@ -22,18 +27,27 @@ from pathlib import Path
 
 from layerfs import mounts
 from layerfs.backings import places
-from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes
+from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, total_bytes
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, refused
 from layerfs.kernel import dm
 from layerfs.programs import run, tool
-from layerfs.thinpool import LARGEST_METADATA, Pool, pool_table
+from layerfs.thinpool import CHUNK, LARGEST_METADATA, METADATA_BLOCK, Pool, Status, pool_table
 
 _SMALLEST = 64 * places.MIB
 _SMALLEST_METADATA = 2 * places.MIB
+# A pool grows when this part of its data or metadata is used, or more. For metadata the kernel has an event of its own,
+# when at most a quarter of them is left.
+_NEARLY_FULL, _PARTS = 3, 4
+
 _METADATA_SHARE = 8  # bytes of data for each byte of metadata: more than one block of 4 KiB for each chunk
 
 _CLEAN = "metadata.clean"
 """The file that is there while the pool is down as `ThinPool.down` left it, so that it need not be checked."""
+
+_FAILURES = "pool.failures"
+"""The file that counts them, see `ThinPool._count_failures`."""
+
+_LARGEST_RESERVE = 10 << 30  # bytes that the file system below keeps, at most
 
 _HEADER_SIZE = places.MIB
 _MAGIC = b"layerfs thin pool "
@@ -42,13 +56,18 @@ _MAGIC = b"layerfs thin pool "
 class ThinPool(Kind):
     """``thinpool``."""
 
-    files = ("backing.img", "backing.img.new", "metadata.img", "metadata.img.new", _CLEAN)
+    files = (
+        *("backing.img", "backing.img.new", "metadata.img", "metadata.img.new"),
+        *(_CLEAN, _FAILURES, f"{_FAILURES}.new"),
+    )
 
     @classmethod
     def validate(cls, spec: BackingSpec) -> None:
         places.check_size(spec.size, spec.device, spec.filesystem, _SMALLEST)
         if spec.metadata_device is not None and (spec.device is None or spec.metadata_size is not None):
             raise InvalidArgument("a metadata device goes with a device for the data, and has a size of its own")
+        if spec.largest is not None and (spec.device is not None or spec.largest < (spec.size or spec.largest)):
+            raise InvalidArgument("the largest size of a thin pool goes with a sparse file, and is not below its size")
         if spec.metadata_size is not None and not _SMALLEST_METADATA <= spec.metadata_size <= LARGEST_METADATA:
             raise InvalidArgument(f"the metadata of a thin pool take {_SMALLEST_METADATA} to {LARGEST_METADATA} bytes")
 
@@ -65,6 +84,7 @@ class ThinPool(Kind):
         size = self.spec.size
         if self.spec.device is None and size is None:
             size = places.default_size(self.root, self.spec.filesystem, _SMALLEST)
+            size = min(size, max(self.spec.largest or size, _SMALLEST))
         return dataclasses.replace(self.spec, size=size)
 
     def make(self) -> None:
@@ -94,6 +114,7 @@ class ThinPool(Kind):
         check_kernel()
         found = dm.info(self._name)
         if found is not None and found.live:  # suspended by a process that was killed while it made the pool larger
+            self._count_failures(cleared=True)
             dm.resume(self._name)
             return
         self._take_down()
@@ -110,6 +131,7 @@ class ThinPool(Kind):
         if users := list(self._users()):
             raise FailedPrecondition(f"the thin pool of {str(self.root)!r} is in use: {', '.join(users)}")
         is_clean = self._is_sound()
+        self.failures()
         self._take_down()
         if is_clean:
             self._clean.touch(mode=0o600)
@@ -118,25 +140,70 @@ class ThinPool(Kind):
                 places.release(image)
 
     def enlarge(self, size: int) -> BackingSpec:
-        if self._image is None:
-            return self.spec
-        places.enlarge_image(self._image, size)
-        if self._metadata_image is not None and self.spec.metadata_size is None:
-            wanted = max(_metadata_size(size), self._metadata_image.stat().st_size)
-            places.enlarge_image(self._metadata_image, wanted)
-        return dataclasses.replace(self.spec, size=size)
+        if self._image is not None:
+            places.enlarge_image(self._image, size)
+            if self._metadata_image is not None and self.spec.metadata_size is None:
+                wanted = max(_metadata_size(size), self._metadata_image.stat().st_size)
+                places.enlarge_image(self._metadata_image, wanted)
+        if self._metadata_image is not None and self._is_live():
+            places.enlarge_image(self._metadata_image, self._wanted_metadata(Pool(self._name).status()))
+        return self.spec if self._image is None else dataclasses.replace(self.spec, size=size)
 
     def grow(self) -> None:
         for image in (self._image, self._metadata_image):
             if image is not None:
                 places.update_capacity(image)
-        if not self.is_up():
+        if not self._is_live():
             return  # the size is looked up when it comes up
-        for name, device in ((self._data_name, self.spec.device), (self._metadata_name, self.spec.metadata_device)):
-            if device is not None:
-                _replace(name, _behind_header(device))
-        metadata, data, *_ = dm.table(self._name)[0].params.split()
-        _replace(self._name, pool_table(metadata, data, _size_of(_block(data))))
+        try:
+            for name, device in ((self._data_name, self.spec.device), (self._metadata_name, self.spec.metadata_device)):
+                if device is not None:
+                    dm.load(name, _behind_header(device))
+                    dm.suspend(name, freeze=False)
+                    dm.resume(name)
+            metadata, data, *_ = dm.table(self._name)[0].params.split()
+            dm.load(self._name, self._table(metadata, data, _size_of(_block(data))))
+            dm.suspend(self._name, freeze=False)
+            try:
+                self._count_failures(cleared=True)
+            finally:  # the disk may be full
+                dm.resume(self._name)
+        except OSError as error:
+            raise refused(f"growing {self._name!r}", error) from error
+
+    def outgrown(self) -> int | None:
+        """See `Kind.outgrown`: three quarters of data or metadata are used, or the table is not as it should be.
+
+        That is so when a process was killed between two steps of growing, when there is room to grow or none any more,
+        and when writes have waited in vain.
+        """
+        try:
+            found = dm.info(self._name)
+            if found is None or not found.live:
+                return None
+            status = Pool(self._name).status()
+            waits = self._waits()
+        except OSError as error:
+            raise refused(f"asking the thin pool of {str(self.root)!r} for its space", error) from error
+        if status.mode in ("ro", "failed"):
+            return None
+        size = self._size()
+        larger = self._larger(size)
+        is_known = self._image is None or status.total == size // CHUNK * CHUNK
+        if is_known and larger > size and _is_nearly_full(status.used, status.total):
+            return larger
+        is_whole = (
+            is_known
+            and not found.suspended
+            and (self._metadata_image is None or self._wanted_metadata(status) - status.metadata_total < METADATA_BLOCK)
+            and waits == (larger > size)
+            and not (waits and status.refuses)
+        )
+        return None if is_whole else size
+
+    def failures(self) -> int:
+        """See `Kind.failures`. A full pool in which all writes could wait for long enough does not count."""
+        return self._count_failures()
 
     def erase(self) -> None:
         for device in self._devices:
@@ -186,6 +253,71 @@ class ThinPool(Kind):
     def _devices(self) -> list[str]:
         return [device for device in (self.spec.device, self.spec.metadata_device) if device is not None]
 
+    # Growing
+
+    def _size(self) -> int:
+        """Bytes of the data's file; 0 for a device."""
+        return 0 if self._image is None else self._image.stat().st_size
+
+    def _larger(self, size: int) -> int:
+        """What the data's file of ``size`` bytes is to have when it is nearly full: the same where there is no room."""
+        if self._image is None:
+            return size
+        reserve = min(total_bytes(self.root) // 20, _LARGEST_RESERVE)
+        most = self._image.stat().st_blocks * 512 + max(free_bytes(self.root) - reserve, 0)
+        larger = min(size + size // 2, most, self.spec.largest or most) // places.MIB * places.MIB
+        return larger if larger >= size + size // 32 else size  # a smaller step is not worth it
+
+    def _wanted_metadata(self, status: Status) -> int:
+        """Bytes that the file of the metadata is to have."""
+        assert self._metadata_image is not None
+        size = self._metadata_image.stat().st_size
+        if not _is_nearly_full(status.metadata_used, size):
+            return size
+        return max(size, min(size + size // 2, LARGEST_METADATA) // METADATA_BLOCK * METADATA_BLOCK)
+
+    def _table(self, metadata: str, data: str, size: int) -> list[dm.Target]:
+        low_water = size - size // _PARTS * _NEARLY_FULL if self._larger(self._size()) > self._size() else None
+        return pool_table(metadata, data, size, low_water=low_water)
+
+    def _waits(self) -> bool:
+        """Whether a write that finds no block waits, by the table in use."""
+        return "error_if_no_space" not in dm.table(self._name)[0].params
+
+    def _is_live(self) -> bool:
+        """Whether it is up, or suspended by a process that was killed while it made the pool larger."""
+        with contextlib.suppress(FileNotFoundError):  # no device-mapper
+            found = dm.info(self._name)
+            return found is not None and found.live
+        return False
+
+    def _count_failures(self, *, cleared: bool = False) -> int:
+        """How often writes have failed since the pool was made; written down, as the kernel forgets it.
+
+        Where writes fail at once, each event of the kernel counts: it tells of nothing else than a pool that is full.
+        Where they wait, its status says it when one has waited in vain, until it is resumed: with ``cleared``, that is
+        what comes next.
+        """
+        try:
+            times, event, refused_before = map(int, (self.root / _FAILURES).read_text(encoding="ascii").split())
+        except FileNotFoundError:
+            times, event, refused_before = 0, 0, 0
+        if not self._is_live():
+            return times
+        before = (times, event, refused_before)
+        found = dm.info(self._name)
+        assert found is not None
+        if not self._waits():
+            times += found.event - event if found.event >= event else found.event
+            event = found.event
+        elif Pool(self._name).status().refuses and not refused_before:
+            times, refused_before = times + 1, 1
+        if cleared:
+            event, refused_before = found.event, 0
+        if (times, event, refused_before) != before:
+            places.write_whole(self.root / _FAILURES, f"{times} {event} {refused_before}")
+        return times
+
     # Steps
 
     def _activate(self, *, check: bool = False) -> None:
@@ -195,8 +327,9 @@ class ThinPool(Kind):
                 metadata = self._part(self._metadata_name, self._metadata_image, self.spec.metadata_device, stack)
                 if check:
                     self._check(metadata)
-                table = pool_table(metadata, data, _size_of(data))
+                table = self._table(metadata, data, _size_of(data))
                 dm.activate(self._name, f"LAYERFS-{self.uuid}-pool", table)
+                self._count_failures(cleared=True)
         except OSError as error:
             raise refused(f"starting the thin pool of {str(self.root)!r}", error) from error
 
@@ -311,14 +444,8 @@ def _behind_header(device: str) -> list[dm.Target]:
     return [dm.Target(0, sectors, "linear", f"{device} {_HEADER_SIZE // dm.SECTOR}")]
 
 
-def _replace(name: str, table: list[dm.Target]) -> None:
-    """Give an active device another table, without anybody noticing but by the size."""
-    try:
-        dm.load(name, table)
-        dm.suspend(name, freeze=False)
-        dm.resume(name)
-    except OSError as error:
-        raise refused(f"growing {name!r}", error) from error
+def _is_nearly_full(used: int, total: int) -> bool:
+    return used * _PARTS >= total * _NEARLY_FULL
 
 
 def _block(number: str) -> str:

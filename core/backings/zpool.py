@@ -16,7 +16,7 @@ from pathlib import Path
 
 from layerfs import mounts
 from layerfs.backings import places, zfs_fuse, zfs_tools
-from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_metadata
+from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_pool_settings
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, LayerfsError
 from layerfs.filesystems import signature
@@ -44,7 +44,7 @@ class Zpool(Kind):
     @classmethod
     def validate(cls, spec: BackingSpec) -> None:
         places.check_size(spec.size, spec.device, "zfs", _SMALLEST)
-        refuse_metadata(spec)
+        refuse_pool_settings(spec)
 
     def prepare(self, *, force: bool) -> BackingSpec:
         if os.geteuid() != 0:

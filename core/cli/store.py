@@ -70,8 +70,9 @@ def drivers(as_json: bool) -> None:
 )
 @click.option(
     "--backing",
-    metavar="FS[:SIZE]",
-    help="Keep the data on a file system or pool of its own: dir, btrfs, ext4, xfs, thinpool, zfs.",
+    metavar="FS[:SIZE[:MOST]]",
+    help="Keep the data on a file system or pool of its own: dir, btrfs, ext4, xfs, thinpool, zfs. "
+    "A thin pool grows by itself, to MOST if that is given.",
 )
 @click.option("--device", metavar="DEVICE", help="Make that file system on this device, not on a sparse file.")
 @click.option("--metadata-device", metavar="DEVICE", help="Keep a thin pool's metadata on this device.")
@@ -86,7 +87,7 @@ def init(
 
     The store remembers its driver and options. A store that is there already is left as it is, if it fits. Without
     --backing the data lives in the store's directory, or on a sparse file where the driver needs another file system
-    (its size is the most that it may grow to).
+    (its size is the most that it may grow to, but for a thin pool, which becomes larger when it is nearly full).
     """
     spec = _backing_spec(backing, device, metadata_device)
     with open_store(create=True, options=pairs(options, "--option"), backing=spec, force=force) as store:
@@ -145,7 +146,7 @@ def gc(as_json: bool) -> None:
     examples=("migrate --to btrfs /srv/new", "migrate --to overlay2 --root /srv/old /srv/new"),
 )
 @click.option("--to", required=True, metavar="NAME", help="The driver of the new store.")
-@click.option("--backing", metavar="FS[:SIZE]", help="What the new store's data lives on, as for init.")
+@click.option("--backing", metavar="FS[:SIZE[:MOST]]", help="What the new store's data lives on, as for init.")
 @click.argument("dest", type=click.Path(path_type=Path))
 def migrate(to: str, backing: str | None, dest: Path) -> None:
     """Copy the store to DEST, on another driver.
@@ -164,7 +165,7 @@ def migrate(to: str, backing: str | None, dest: Path) -> None:
 
 
 def _backing_spec(backing: str | None, device: str | None, metadata_device: str | None) -> BackingSpec | None:
-    """``FS[:SIZE]`` and the devices as the store takes them."""
+    """``FS[:SIZE[:MOST]]`` and the devices as the store takes them."""
     from layerfs.backing import BackingSpec
     from layerfs.sizes import parse_size
 
@@ -172,5 +173,12 @@ def _backing_spec(backing: str | None, device: str | None, metadata_device: str 
         if device is not None or metadata_device is not None:
             raise InvalidArgument("--device needs --backing to say which file system to make on it")
         return None
-    filesystem, _, size = backing.partition(":")
-    return BackingSpec(filesystem, parse_size(size) if size else None, device, metadata_device=metadata_device)
+    filesystem, _, sizes = backing.partition(":")
+    size, _, most = sizes.partition(":")
+    return BackingSpec(
+        filesystem,
+        parse_size(size) if size else None,
+        device,
+        metadata_device=metadata_device,
+        largest=parse_size(most) if most else None,
+    )

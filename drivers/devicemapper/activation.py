@@ -4,12 +4,16 @@ A device is active from when its mounts are asked for until its volume is sealed
 open, nor asked for its mounts, for ten minutes. So whoever is told how to mount it has that long to do it.
 
 The device of a sealed volume is read-only in the kernel.
+
+While a pool is suspended, as it is for a moment when it grows, the kernel takes no tables of thin devices (EINVAL).
 """
 
 from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from layerfs.backings.thinpool import users_of
@@ -26,10 +30,15 @@ _PAUSE = 0.02
 
 
 class Activation:
-    """The block devices of one pool. Each method raises `OSError` but for what it says."""
+    """The block devices of one pool. Each method raises `OSError` but for what it says.
 
-    def __init__(self, pool: Pool) -> None:
+    Args:
+        steady: gives a context in which the pool is not made larger.
+    """
+
+    def __init__(self, pool: Pool, steady: Callable[[], AbstractContextManager[None]]) -> None:
         self._pool = pool
+        self._steady = steady
 
     def name(self, device: Device) -> str:
         """The name below ``/dev/mapper``."""
@@ -54,7 +63,8 @@ class Activation:
             dm.link(name, found.number)
             return dm.path(name)
         self.off(device)
-        dm.activate(name, f"LAYERFS-{name}", self._pool.table(device.id, device.size), read_only=wanted)
+        with self._steady():
+            dm.activate(name, f"LAYERFS-{name}", self._pool.table(device.id, device.size), read_only=wanted)
         return dm.path(name)
 
     def off(self, device: Device) -> None:
@@ -87,8 +97,9 @@ class Activation:
     def resize(self, device: Device, size: int) -> None:
         """Make it ``size`` bytes large, whatever it is used for."""
         name = self.name(device)
-        dm.load(name, self._pool.table(device.id, size))
-        dm.suspend(name)
+        with self._steady():
+            dm.load(name, self._pool.table(device.id, size))
+        dm.suspend(name)  # not in there: it may wait for the pool to grow
         dm.resume(name)
 
     def suspend(self, device: Device) -> None:

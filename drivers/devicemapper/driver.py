@@ -18,6 +18,7 @@ from layerfs.drivers.devicemapper import usage
 from layerfs.drivers.devicemapper.ledger import BLANK, Device, State
 from layerfs.drivers.devicemapper.session import PoolSession
 from layerfs.drivers.devicemapper.volumefs import KINDS
+from layerfs.drivers.devicemapper.watch import Watch
 from layerfs.errors import (
     Damaged,
     EnvironmentUnfit,
@@ -49,6 +50,13 @@ class DevicemapperDriver(SnapshotDriver):
 
     Options: ``fs`` is the file system of the volumes, ``ext4`` or ``xfs``; ``size`` is what a volume without a limit
     has room for (the pool hands out space only as it is written to). Both hold for a store's whole life.
+
+    A pool on sparse files grows by itself (see `layerfs.backings.thinpool`): at each call that makes, changes or mounts
+    a volume, and, from the first volume that can be written to until `close`, whenever the kernel says that a quarter
+    is left (`layerfs.drivers.devicemapper.watch`). So it does under a server for engines as long as that runs. While no
+    process has the store open, nobody makes it larger: a write to the full pool waits for a minute (dm_thin_pool's
+    ``no_space_timeout``), and fails then if no command has used the store meanwhile. Writes to a full pool on a device,
+    or on sparse files that have reached their largest size or the reserve of the file system below, fail at once.
     """
 
     name = "devicemapper"
@@ -74,6 +82,8 @@ class DevicemapperDriver(SnapshotDriver):
         self._session = PoolSession(root, backing, self._filesystem)
         self._activation = self._session.activation
         self._ledger = self._session.ledger
+        self._watch = Watch(self._session.extend)
+        self._can_grow = backing.spec.device is None
         self._swept = time.monotonic()
         self._sound_at: int | None = None
         with self._reported(f"opening the volumes in {str(root)!r}"):
@@ -103,6 +113,7 @@ class DevicemapperDriver(SnapshotDriver):
         with self._reported(f"making the volume {volume!r}"), self._session.locked():
             if self._ledger.find(volume) is not None:
                 return
+            self._begin_watch()
             self._sweep()
             origin = self._existing(parents[0]) if parents else self._session.blank(self._size)
             device = self._session.snapshot(volume, origin, size_limit=size)
@@ -115,6 +126,7 @@ class DevicemapperDriver(SnapshotDriver):
         with self._reported(f"copying the volume {source!r} to {volume!r}"), self._session.locked():
             if self._ledger.find(volume) is not None:
                 return
+            self._begin_watch()
             origin = self._existing(source)
             device = self._session.snapshot(volume, origin, size_limit=origin.size_limit)
             self._ledger.change(device, state=State.READY)
@@ -151,10 +163,14 @@ class DevicemapperDriver(SnapshotDriver):
         """See `Driver.mounts`. The device is there for ten minutes at least, and as long as it is mounted."""
         device = self._existing(volume)
         with self._reported(f"activating the volume {volume!r}"):
-            if not self._activation.is_active(device):
+            if self._activation.is_active(device):
+                self._session.extend()
+            else:
                 with self._session.locked():
                     device = self._existing(volume)
                     self._activation.on(device)
+            if not read_only:
+                self._begin_watch()
         options = self._filesystem.sealed if device.is_sealed else self._filesystem.writable
         path = dm.path(self._activation.name(device))
         return [Mount(self._filesystem.name, str(path), ("ro" if read_only else "rw", *options))]
@@ -228,7 +244,14 @@ class DevicemapperDriver(SnapshotDriver):
             return None
         return lambda old, new: old.st_ino == new.st_ino and old.st_ctime_ns == new.st_ctime_ns
 
+    def close(self) -> None:
+        self._watch.close()
+
     # Parts
+
+    def _begin_watch(self) -> None:
+        if self._can_grow:
+            self._watch.start()
 
     def _existing(self, volume: str) -> Device:
         device = self._ledger.find(volume)
@@ -246,7 +269,6 @@ class DevicemapperDriver(SnapshotDriver):
                 self._filesystem.trim(fd)
                 checked(libc.syncfs(fd))
         except (OSError, LayerfsError) as error:
-            self._session.count_full()
             if device.times_full != self._session.times_full:
                 raise OutOfSpace(
                     f"sealing the volume {device.volume!r}: writing it out failed ({error}), because the thin pool "
@@ -334,6 +356,7 @@ class DevicemapperDriver(SnapshotDriver):
     def _remember(self, kind: str) -> None:
         """Finish what a killed process left, and see to it that the volumes have the file system that is asked for."""
         self._session.check_same()
+        self._session.extend()
         if self._ledger.fact("filesystem") is None or self._ledger.unfinished():
             with self._session.locked():
                 if self._ledger.fact("filesystem") is None:

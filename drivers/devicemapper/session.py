@@ -41,7 +41,7 @@ class PoolSession:
         self.filesystem = filesystem
         self.pool = Pool(backing.facts["pool"])
         self.ledger = Ledger(root / "devices.db")
-        self.activation = Activation(self.pool)
+        self.activation = Activation(self.pool, backing.held)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -55,7 +55,7 @@ class PoolSession:
             with self.ledger.held():
                 status = self.check_same()
                 self._check_alive(status)
-                self.count_full()
+                self.extend()
                 self.recover()
                 if status.transaction != self.ledger.transaction:
                     self._stepped()
@@ -212,13 +212,17 @@ class PoolSession:
 
     @property
     def times_full(self) -> int:
-        """How often the pool has been full."""
-        return int((self.ledger.fact("full") or "0 0").split()[0])
+        """How often writes have failed because the pool was full."""
+        return self._backing.failures()
 
-    def is_full(self) -> bool:
-        """Whether writes fail now."""
-        status = self.pool.status()
-        return status.mode != "rw" or status.free == 0
+    def extend(self) -> None:
+        """Have the pool grow where it is about to be full and can; where it cannot, all goes on until it is full.
+
+        The lock need not be held. Raises `OSError` where the pool is not active any more.
+        """
+        self.pool.status()
+        with contextlib.suppress(LayerfsError):  # there may be room for what is wanted
+            self._backing.extend()
 
     def check_same(self) -> Status:
         """Raise `Damaged` where the pool is not the one that the database tells of; else its status."""
@@ -238,15 +242,6 @@ class PoolSession:
                 f"the thin pool {self.pool.name} has stopped (mode {status.mode!r}): its metadata were full, or could "
                 "not be written; unmount its layers and open the store again, which checks it"
             )
-
-    def count_full(self) -> None:
-        """Note how often the pool has been full; its events are counted anew each time that it comes up."""
-        found = dm.info(self.pool.name)
-        assert found is not None
-        times, seen = map(int, (self.ledger.fact("full") or "0 0").split())
-        if found.event != seen:
-            times += found.event - seen if found.event > seen else found.event
-            self.ledger.set_fact("full", f"{times} {found.event}")
 
     def _stepped(self) -> None:
         self.pool.set_transaction(self.pool.status().transaction, self.ledger.transaction)
