@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import struct
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -226,7 +225,7 @@ def backing_open(device: int, fd: int) -> int:
     It does so with this thread's credentials. Needs `PASSTHROUGH`, and CAP_SYS_ADMIN on the host. Raises `OSError`:
     ELOOP where the file is on a file system that is stacked on others.
     """
-    return fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0)))
+    return int(fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0))))
 
 
 def backing_close(device: int, number: int) -> None:
@@ -243,7 +242,7 @@ def _is_stacked(fd: int) -> bool:
     """Whether the kernel refuses a file system, or may, as one to stack on."""
     buffer = ctypes.create_string_buffer(_STATFS_SIZE)
     check(libc.fstatfs(fd, buffer))
-    return int.from_bytes(buffer[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) in _STACKED
+    return ctypes.c_long.from_buffer(buffer).value in _STACKED
 
 
 def _reply(fd: int, unique: int, payload: bytes) -> None:

@@ -58,8 +58,12 @@ def _run(options: Options) -> None:
         work = _work_directory(options.work, upper)
     elif options.upper is not None:
         lower.insert(0, _opened(options.upper, "the upper directory"))
-    wanted = PASSTHROUGH if fuse.can_pass_through(lower if upper is None else (upper, *lower)) else WANTED
-    tree = Tree(upper, lower, limit=_limit())
+    wanted, branches = WANTED, lower
+    if fuse.can_pass_through(lower if upper is None else (upper, *lower)):
+        with contextlib.suppress(OSError):
+            branches = lower if work is not None else [_timeless(fd) for fd in lower]
+            wanted = PASSTHROUGH
+    tree = Tree(upper, branches, limit=_limit())
     fuse_options = ["default_permissions"]
     if options.allow_other or os.geteuid() == 0:
         fuse_options.append("allow_other")
@@ -68,7 +72,7 @@ def _run(options: Options) -> None:
     except OSError as error:
         raise _unmountable(target, error) from error
     if not options.foreground:
-        _become_daemon({device, *lower, *(fd for fd in (upper, work) if fd is not None)})
+        _become_daemon({device, *lower, *branches, *(fd for fd in (upper, work) if fd is not None)})
     _serve(device, wanted, tree, work, target)
 
 
@@ -109,6 +113,14 @@ def _opened(path: str, what: str) -> int:
         return os.open(path, _DIRECTORY)
     except OSError as error:
         raise refused(f"opening {what} {path!r}", error, "name directories that exist") from error
+
+
+def _timeless(fd: int) -> int:
+    """The same directory in a mount of our own, in which reading files, as the kernel does it, changes no times."""
+    flags = mountapi.OPEN_TREE_CLONE | mountapi.AT_EMPTY_PATH | mountapi.AT_RECURSIVE
+    mount = mountapi.open_tree(fd, b"", flags)
+    mountapi.mount_setattr(mount, mountapi.MOUNT_ATTR_NOATIME, mountapi.MOUNT_ATTR_ATIME, recursive=True)
+    return mount
 
 
 def _work_directory(path: str, upper: int) -> int:
