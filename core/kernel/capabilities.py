@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
 from typing import Final
 
 from layerfs.kernel.libc import check, libc
@@ -28,22 +26,22 @@ def on_host(capability: int) -> bool:
     return bool(_get()[0] >> capability & 1)
 
 
-@contextlib.contextmanager
-def without(capability: int) -> Iterator[None]:
-    """Do something as a thread that has not got a capability (below 32)."""
-    before = _get()
-    _set(before[0] & ~(1 << capability), *before[1:])
-    try:
-        yield
-    finally:
-        _set(*before)
+class Without:
+    """A context in which the calling thread has not got a capability (below 32). It can be entered again and again."""
+
+    def __init__(self, capability: int) -> None:
+        effective, *others = _get()
+        self._before = _DATA.pack(effective, *others)
+        self._inside = _DATA.pack(effective & ~(1 << capability), *others)
+
+    def __enter__(self) -> None:
+        check(libc.capset(_HEADER, self._inside))
+
+    def __exit__(self, *_: object) -> None:
+        check(libc.capset(_HEADER, self._before))
 
 
 def _get() -> tuple[int, ...]:
     data = ctypes.create_string_buffer(_DATA.size)
     check(libc.capget(_HEADER, data))
     return _DATA.unpack(data.raw)
-
-
-def _set(*fields: int) -> None:
-    check(libc.capset(_HEADER, _DATA.pack(*fields)))

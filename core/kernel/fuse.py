@@ -98,6 +98,8 @@ _BACKGROUND = 64
 
 _STACK_DEPTH = 1
 """What is passed through to must not itself be stacked on something; on us one more may be."""
+_PASSTHROUGH_SINCE = 41
+"""Linux 6.12. Before it the kernel does not see by itself that a file has grown by what it has written."""
 _STACKED = (0x65735546, 0x794C7630, 0xF15F)  # the f_type of statfs(2) that FUSE, overlay and eCryptfs have
 _STATFS_SIZE = 256  # more than struct statfs has
 _BACKING_MAP = struct.Struct("<iI8x")  # descriptor, flags
@@ -163,7 +165,7 @@ def unmount_by_helper(target: str, *, lazy: bool) -> None:
 def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
     """Answer the kernel's first message, INIT. Blocks until it is there. Raises `OSError`.
 
-    `WRITEBACK_CACHE` and `PASSTHROUGH` exclude each other; who wants both gets the latter where the kernel has it.
+    `WRITEBACK_CACHE` and `PASSTHROUGH` exclude each other; who wants both gets the latter from Linux 6.12 on.
     """
     buffer = bytearray(BUFFER_SIZE)
     os.set_blocking(fd, True)
@@ -176,6 +178,8 @@ def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
         if offered & INIT_EXT and length >= IN_HEADER.size + _INIT_IN.size + _INIT_IN_2.size:
             offered |= _INIT_IN_2.unpack_from(buffer, IN_HEADER.size + _INIT_IN.size)[0] << 32
         flags = offered & (wanted | INIT_EXT)
+        if minor < _PASSTHROUGH_SINCE:
+            flags &= ~PASSTHROUGH
         if flags & PASSTHROUGH:
             flags &= ~WRITEBACK_CACHE
         _reply(

@@ -2,6 +2,12 @@
 
 An operation returns its answer, or None where there is none. It raises `OSError` for its error number, `Pending` to be
 repeated later, and `Aside` to be answered by a thread.
+
+Where it may, the kernel reads and writes real files itself (FUSE's passthrough), and asks for all else as before. It
+cannot change the real file of what is open, so it gets those that stay what they are: files of the upper, and all files
+of a union that is read-only. A lower file that may yet be copied up is read through the daemon and the kernel's cache,
+so that who has it open sees what others write, as on the kernel's overlay. A mapping may outlive what the kernel tells
+of: after it has forgotten a file that is still mapped, times change unseen until it is asked for something else of it.
 """
 
 from __future__ import annotations
@@ -106,6 +112,7 @@ class Operations:
         self._device = device
         self._passthrough = passthrough
         self._read_only = work is None
+        self._as_any_writer = capabilities.Without(capabilities.FSETID)
         self._tree = tree
         self._nodes = tree.nodes
         self._copyup = CopyUp(tree, work)
@@ -376,7 +383,7 @@ class Operations:
             if flags & os.O_ACCMODE == os.O_RDWR and not node.mappable:
                 node.mappable = True
                 if known:
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(FileNotFoundError):  # the kernel has nothing of it
                         os.write(self._device, fuse.inval_attributes(node.ino))
             return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_PASSTHROUGH, node.backing)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
@@ -400,7 +407,7 @@ class Operations:
             if node.fds or not suits:
                 return False
             try:
-                with capabilities.without(capabilities.FSETID):
+                with self._as_any_writer:
                     node.backing = fuse.backing_open(self._device, fd)
             except OSError:  # a directory of the branch may be on another file system
                 return False
