@@ -5,9 +5,10 @@ repeated later, and `Aside` to be answered by a thread.
 
 Where it may, the kernel reads and writes real files itself (FUSE's passthrough), and asks for all else as before. It
 cannot change the real file of what is open, so it gets those that stay what they are: files of the upper, and all files
-of a union that is read-only. A lower file that may yet be copied up is read through the daemon and the kernel's cache,
-so that who has it open sees what others write, as on the kernel's overlay. A mapping may outlive what the kernel tells
-of: after it has forgotten a file that is still mapped, times change unseen until it is asked for something else of it.
+of a union that is read-only, where reading them changes no times. A lower file that may yet be copied up is read
+through the daemon and the kernel's cache, so that who has it open sees what others write, as on the kernel's overlay. A
+mapping may outlive what the kernel tells of: after it has forgotten a file that is still mapped, times change unseen
+until it is asked for something else of it.
 """
 
 from __future__ import annotations

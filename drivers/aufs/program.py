@@ -58,12 +58,11 @@ def _run(options: Options) -> None:
         work = _work_directory(options.work, upper)
     elif options.upper is not None:
         lower.insert(0, _opened(options.upper, "the upper directory"))
-    wanted, branches = WANTED, lower
-    if fuse.can_pass_through(lower if upper is None else (upper, *lower)):
-        with contextlib.suppress(OSError):
-            branches = lower if work is not None else [_timeless(fd) for fd in lower]
-            wanted = PASSTHROUGH
-    tree = Tree(upper, branches, limit=_limit())
+    branches = lower if upper is None else (upper, *lower)
+    # Reading changes the times of files that the kernel reads itself, which those below a read-only union must keep.
+    untouched = upper is not None or all(os.fstatvfs(fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME) for fd in lower)
+    wanted = PASSTHROUGH if untouched and fuse.can_pass_through(branches) else WANTED
+    tree = Tree(upper, lower, limit=_limit())
     fuse_options = ["default_permissions"]
     if options.allow_other or os.geteuid() == 0:
         fuse_options.append("allow_other")
@@ -72,7 +71,7 @@ def _run(options: Options) -> None:
     except OSError as error:
         raise _unmountable(target, error) from error
     if not options.foreground:
-        _become_daemon({device, *lower, *branches, *(fd for fd in (upper, work) if fd is not None)})
+        _become_daemon({device, *lower, *(fd for fd in (upper, work) if fd is not None)})
     _serve(device, wanted, tree, work, target)
 
 
@@ -113,14 +112,6 @@ def _opened(path: str, what: str) -> int:
         return os.open(path, _DIRECTORY)
     except OSError as error:
         raise refused(f"opening {what} {path!r}", error, "name directories that exist") from error
-
-
-def _timeless(fd: int) -> int:
-    """The same directory in a mount of our own, in which reading files, as the kernel does it, changes no times."""
-    flags = mountapi.OPEN_TREE_CLONE | mountapi.AT_EMPTY_PATH | mountapi.AT_RECURSIVE
-    mount = mountapi.open_tree(fd, b"", flags)
-    mountapi.mount_setattr(mount, mountapi.MOUNT_ATTR_NOATIME, mountapi.MOUNT_ATTR_ATIME, recursive=True)
-    return mount
 
 
 def _work_directory(path: str, upper: int) -> int:
