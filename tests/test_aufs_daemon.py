@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import random
 import shutil
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +31,8 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+
+Result = TypeVar("Result")
 
 
 class Union:
@@ -52,13 +57,13 @@ class Union:
         assert self.wait_for_end()
 
     def daemons(self) -> list[int]:
-        """The processes that have this union's work directory open."""
+        """The processes that serve a union with this upper directory."""
         found = []
         for process in Path("/proc").iterdir():
             if process.name.isdigit():
                 with contextlib.suppress(OSError):
                     links = [os.readlink(link) for link in (process / "fd").iterdir()]
-                    if str(self.work / "aufs") in links and "/dev/fuse" in links:
+                    if str(self.upper) in links and "/dev/fuse" in links:
                         found.append(int(process.name))
         return found
 
@@ -444,3 +449,156 @@ def test_a_large_lower_directory_is_renamed_while_others_are_answered(memory: Pa
     union.unmount()
     assert len(os.listdir(union.upper / "renamed")) == 5_000
     assert (union.upper / ".wh.many").exists()
+
+
+# Files that the kernel reads and writes itself: it goes on while the daemon is stopped
+
+
+def without(daemon: int, action: Callable[[], Result]) -> Result | None:
+    """What ``action`` returns while the daemon is stopped, or None where it waits for that."""
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            return pool.submit(action).result(timeout=5)
+        except TimeoutError:
+            return None
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+
+
+def test_the_upper_s_files_are_read_and_written_by_the_kernel_itself(union: Union) -> None:
+    (union.upper / "old").write_bytes(b"o" * MIB)
+    union.mount()
+    (daemon,) = union.daemons()
+    with open(union.target / "old", "rb", buffering=0) as old, open(union.target / "new", "w+b", buffering=0) as new:
+        new.write(b"n")  # the first time the kernel asks whether there are capabilities to be taken away
+        assert without(daemon, lambda: old.read(2 * MIB)) == b"o" * MIB
+        assert without(daemon, lambda: new.write(b"n" * MIB)) == MIB
+        assert without(daemon, lambda: os.pread(new.fileno(), 2 * MIB, 0)) == b"n" * (MIB + 1)
+        assert os.stat(union.target / "new").st_size == MIB + 1
+        assert (union.upper / "new").stat().st_size == MIB + 1
+    union.unmount()
+
+
+def test_a_union_that_nobody_writes_is_read_by_the_kernel_itself(memory: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,noatime", str(memory)], check=True)
+    union = Union(memory)
+    (union.lower / "file").write_bytes(b"x" * MIB)
+    union.mount("-o", "ro")
+    (daemon,) = union.daemons()
+    with open(union.target / "file", "rb", buffering=0) as file:
+        assert without(daemon, lambda: file.read(2 * MIB)) == b"x" * MIB
+    union.unmount()
+
+
+def test_reading_changes_no_times_below_a_union_that_nobody_writes(union: Union) -> None:
+    (union.lower / "file").write_bytes(b"x")
+    os.utime(union.lower / "file", (1, 2))
+    union.mount("-o", "ro")
+    assert (union.target / "file").read_bytes() == b"x"
+    assert os.stat(union.lower / "file").st_atime == 1
+    union.unmount()
+
+
+def test_what_was_copied_up_is_read_by_the_kernel_itself_once_all_readers_of_the_lower_file_are_gone(
+    union: Union,
+) -> None:
+    (union.lower / "one").write_bytes(b"lower" * MIB)
+    os.link(union.lower / "one", union.lower / "two")
+    union.mount()
+    (daemon,) = union.daemons()
+    one, two = union.target / "one", union.target / "two"
+    with open(one, "rb", buffering=0) as reader:
+        assert reader.read(5) == b"lower"
+        with open(two, "r+b", buffering=0) as writer:
+            writer.write(b"upper")
+            assert os.pread(reader.fileno(), 5, 0) == b"upper"
+            with open(one, "ab") as appender:
+                appender.write(b"end")
+            assert os.pread(writer.fileno(), 9, 5 * MIB) == b"end"
+            assert os.fstat(reader.fileno()).st_size == os.stat(two).st_size == 5 * MIB + 3
+        os.close(os.open(two, os.O_WRONLY | os.O_TRUNC))
+        assert os.pread(reader.fileno(), 5, 0) == b""
+        assert os.stat(one).st_size == 0
+    with open(two, "wb") as writer:
+        writer.write(b"again")
+    with open(one, "rb", buffering=0) as reader:
+        assert without(daemon, lambda: reader.read(9)) == b"again"
+    assert (union.lower / "one").read_bytes() == b"lower" * MIB
+
+
+@pytest.mark.parametrize(
+    ("inner", "below", "served"),
+    [
+        ("", "directory", "by the kernel"),
+        ("", "overlay", "by the daemon"),
+        ("unshare --user --map-root-user --mount", "directory", "by the daemon"),
+    ],
+)
+def test_files_are_served_where_the_kernel_may_not_read_them_itself(
+    union: Union, inner: str, below: str, served: str
+) -> None:
+    (union.upper / "file").write_text(served)
+    if below == "overlay":
+        options = f"lowerdir={union.lower}:{union.target}"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(union.lower)], check=True)
+    act = """
+        "$1" -o "$3" "$2"
+        true <"$2/file"  # the first close tells the kernel that it need not tell of others
+        exec 3<"$2/file"
+        echo open
+        read -r stopped
+        timeout 1 cat <&3 || printf 'by the daemon'
+        echo
+        read -r continued
+        exec 3<&-
+        umount "$2"
+    """
+    command = [*inner.split(), "sh", "-euc", act, "sh", PROGRAM or "", str(union.target), union.options]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            (daemon,) = union.daemons()
+            os.kill(daemon, signal.SIGSTOP)
+            try:
+                process.stdin.write("stopped\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == f"{served}\n"
+            finally:
+                os.kill(daemon, signal.SIGCONT)
+            process.stdin.write("continued\n")
+        assert process.returncode == 0
+        assert union.wait_for_end()
+    finally:
+        if below == "overlay":
+            mounts.unmount(union.lower)
+
+
+def test_a_file_that_is_gone_and_closed_takes_no_space(memory: Path) -> None:
+    """The kernel holds what it reads and writes itself until it is told not to."""
+    union = Union(memory)
+    union.mount()
+    (daemon,) = union.daemons()
+
+    def used() -> tuple[int, int]:
+        """Descriptors of the daemon, and blocks of the file system."""
+        info = os.statvfs(memory)
+        return len(os.listdir(f"/proc/{daemon}/fd")), info.f_blocks - info.f_bfree
+
+    (union.target / "first").touch()
+    (union.target / "first").unlink()
+    before = used()
+    for number in range(20):
+        (union.target / f"{number}").write_bytes(bytes(MIB))
+        with open(union.target / f"{number}", "r+b") as file:
+            os.unlink(union.target / f"{number}")
+            file.write(b"x")
+    deadline = time.monotonic() + 20  # the daemon hears a little later that a file is closed
+    while any(map(operator.gt, used(), before)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    descriptors, blocks = used()
+    assert descriptors <= before[0]
+    assert blocks <= before[1]
+    union.unmount()

@@ -424,6 +424,35 @@ def test_times_change_when_they_have_to(root: Path) -> None:
     assert os.stat(root / "file").st_ctime_ns > before
 
 
+def test_writing_through_a_mapping_changes_times_also_when_the_file_is_closed(root: Path) -> None:
+    with open(root / "file", "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 0)
+    for _ in range(2):
+        mapping[0:1] = b"x"
+        mapping.flush()
+        os.utime(root / "file", ns=(0, 0))
+        assert os.stat(root / "file").st_mtime_ns == 0
+        mapping[0:1] = b"y"
+        mapping.flush()
+        assert os.stat(root / "file").st_mtime_ns > 0
+    mapping.close()
+
+
+def test_direct_reading_and_writing(root: Path) -> None:
+    block = mmap.mmap(-1, 1 << 16)
+    fd = os.open(root / "large", os.O_RDWR | os.O_DIRECT)
+    with open(root / "large", "r+b", buffering=0) as other:
+        assert os.preadv(fd, [block], 0) == 1 << 16
+        assert block[:] == os.pread(other.fileno(), 1 << 16, 0)
+        other.write(b"other")
+        os.preadv(fd, [block], 0)
+        assert block[:5] == b"other"
+        block[:5] = b"block"
+        assert os.pwritev(fd, [block], 0) == 1 << 16
+        assert os.pread(other.fileno(), 5, 0) == b"block"
+    os.close(fd)
+
+
 def test_extended_attributes(root: Path) -> None:
     for path in (root / "file", root / "dir"):
         os.setxattr(path, "user.one", b"\0\xff")
@@ -459,6 +488,33 @@ def test_writing_clears_capabilities_and_special_bits(root: Path) -> None:
     write()
     assert stat.S_IMODE(os.stat(root / "file").st_mode) == 0o6777
     os.chown(root / "file", NOBODY, NOBODY)
+    assert stat.S_IMODE(os.stat(root / "file").st_mode) == 0o777
+
+
+def test_writing_clears_special_bits_that_were_set_since_the_file_was_opened(root: Path) -> None:
+    (root / "file").chmod(0o666)
+
+    def write() -> bool:
+        fd = os.open(root / "file", os.O_WRONLY)
+        os.write(fd, b"x")
+        os.write(ask, b"x")
+        os.read(answer, 1)
+        return os.write(fd, b"x") == 1
+
+    asked, ask = os.pipe()
+    answer, told = os.pipe()
+
+    def change() -> None:
+        os.read(asked, 1)
+        os.chmod(root / "file", 0o6777)
+        os.write(told, b"x")
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    assert as_user(NOBODY, write) == 1
+    changer.join()
+    for fd in (asked, ask, answer, told):
+        os.close(fd)
     assert stat.S_IMODE(os.stat(root / "file").st_mode) == 0o777
 
 

@@ -5,13 +5,15 @@ The names are the kernel's own (include/uapi/linux/fuse.h) without their prefix;
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from layerfs.kernel import mountapi
+from layerfs.kernel import capabilities, ioctl, mountapi
 from layerfs.kernel.libc import check, encoded, libc
 
 ROOT_ID: Final = 1
@@ -27,7 +29,7 @@ READDIRPLUS, RENAME2, LSEEK, COPY_FILE_RANGE, TMPFILE = 44, 45, 46, 47, 51
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME = 1, 2, 4, 8, 16, 32
 FATTR_FH, FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_CTIME, FATTR_KILL_SUIDGID = 64, 128, 256, 1024, 2048
 
-FOPEN_KEEP_CACHE, FOPEN_NOFLUSH = 2, 32
+FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH = 2, 32, 128
 OPEN_KILL_SUIDGID = 1
 WRITE_KILL_SUIDGID = 4
 FSYNC_FDATASYNC = 1
@@ -36,7 +38,7 @@ FSYNC_FDATASYNC = 1
 ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, DONT_MASK = 1 << 0, 1 << 3, 1 << 5, 1 << 6
 DO_READDIRPLUS, ASYNC_DIO, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 15, 1 << 16, 1 << 18
 POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, NO_OPENDIR_SUPPORT = 1 << 20, 1 << 22, 1 << 23, 1 << 24
-EXPLICIT_INVAL_DATA, HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 25, 1 << 28, 1 << 30
+EXPLICIT_INVAL_DATA, HANDLE_KILLPRIV_V2, INIT_EXT, PASSTHROUGH = 1 << 25, 1 << 28, 1 << 30, 1 << 37
 
 IN_HEADER: Final = struct.Struct("<IIQQIII4x")  # length, opcode, unique, node, uid, gid, pid
 OUT_HEADER: Final = struct.Struct("<IiQ")  # length, -errno, unique
@@ -46,6 +48,8 @@ ENTRY_OUT: Final = struct.Struct("<QQQQII" + _ATTR)
 """node, generation, how long the entry and the attributes are valid in s, the same in ns, attributes."""
 ENTRY_HEAD: Final = ENTRY_OUT.size - struct.calcsize("<" + _ATTR)
 """Where the attributes begin in it."""
+ENTRY_ATTR_VALID: Final = struct.calcsize("<QQQ")
+"""Where it says how long they are valid."""
 ATTR_VALID: Final = struct.Struct("<QI4x")  # how long the attributes that follow are valid, the same in ns
 DIRENT: Final = struct.Struct("<QQII")  # ino, offset of the next one, length of the name, type
 
@@ -57,7 +61,7 @@ RENAME_IN: Final = struct.Struct("<Q")  # new directory
 RENAME2_IN: Final = struct.Struct("<QI4x")  # new directory, flags
 LINK_IN: Final = struct.Struct("<Q")  # node
 OPEN_IN: Final = struct.Struct("<II")  # flags, open flags
-OPEN_OUT: Final = struct.Struct("<QI4x")  # fh, open flags
+OPEN_OUT: Final = struct.Struct("<QIi")  # fh, open flags, number of the backing file
 CREATE_IN: Final = struct.Struct("<IIII")  # flags, mode, umask, open flags
 READ_IN: Final = struct.Struct("<QQI20x")  # fh, offset, size
 WRITE_IN: Final = struct.Struct("<QQII16x")  # fh, offset, size, flags
@@ -79,17 +83,29 @@ INTERRUPT_IN: Final = struct.Struct("<Q")  # unique
 
 _INIT_IN = struct.Struct("<IIII")  # major, minor, max read-ahead, flags
 _INIT_IN_2 = struct.Struct("<I")  # flags from bit 32 on
-_INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
-"""major, minor, max read-ahead, flags, max background, congestion, max write, granularity, max pages, 0, flags 2."""
+_INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
+"""major, minor, max read-ahead, flags, max background, congestion, max write, granularity, max pages, 0, flags 2,
+max stack depth."""
 _NOTIFY_INVAL_INODE = 2
 _INVAL_INODE = struct.Struct("<Qqq")  # node, offset, length (0: to the end)
-_MAJOR, _MINOR = 7, 38
+_MAJOR, _MINOR = 7, 40
 _OLDEST = 31
 
 MAX_WRITE: Final = 1 << 20
 BUFFER_SIZE: Final = MAX_WRITE + (1 << 16)
 """Bytes that a buffer must have to take any request."""
 _BACKGROUND = 64
+
+_STACK_DEPTH = 1
+"""What is passed through to must not itself be stacked on something; on us one more may be."""
+_PASSTHROUGH_SINCE = 41
+"""Linux 6.12. Before it the kernel does not see by itself that a file has grown by what it has written."""
+_STACKED = (0x65735546, 0x794C7630, 0xF15F)  # the f_type of statfs(2) that FUSE, overlay and eCryptfs have
+_STATFS_SIZE = 256  # more than struct statfs has
+_BACKING_MAP = struct.Struct("<iI8x")  # descriptor, flags
+_BACKING_OPEN = ioctl.iow(229, 1, _BACKING_MAP.size)
+_BACKING_ID = struct.Struct("<I")
+_BACKING_CLOSE = ioctl.iow(229, 2, _BACKING_ID.size)
 
 _COMMFD = "_FUSE_COMMFD"
 
@@ -147,7 +163,10 @@ def unmount_by_helper(target: str, *, lazy: bool) -> None:
 
 
 def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
-    """Answer the kernel's first message, INIT. Blocks until it is there. Raises `OSError`."""
+    """Answer the kernel's first message, INIT. Blocks until it is there. Raises `OSError`.
+
+    `WRITEBACK_CACHE` and `PASSTHROUGH` exclude each other; who wants both gets the latter from Linux 6.12 on.
+    """
     buffer = bytearray(BUFFER_SIZE)
     os.set_blocking(fd, True)
     try:
@@ -159,6 +178,10 @@ def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
         if offered & INIT_EXT and length >= IN_HEADER.size + _INIT_IN.size + _INIT_IN_2.size:
             offered |= _INIT_IN_2.unpack_from(buffer, IN_HEADER.size + _INIT_IN.size)[0] << 32
         flags = offered & (wanted | INIT_EXT)
+        if minor < _PASSTHROUGH_SINCE:
+            flags &= ~PASSTHROUGH
+        if flags & PASSTHROUGH:
+            flags &= ~WRITEBACK_CACHE
         _reply(
             fd,
             unique,
@@ -174,6 +197,7 @@ def negotiate(fd: int, wanted: int, *, read_ahead: int = 1 << 20) -> Granted:
                 MAX_WRITE // 4096,
                 0,
                 flags >> 32,
+                _STACK_DEPTH if flags & PASSTHROUGH else 0,
             ),
         )
     finally:
@@ -186,7 +210,43 @@ def inval_inode(node: int) -> bytes:
 
     Whoever writes it to /dev/fuse waits for that, and so must not be the one who serves the requests that it leads to.
     """
-    return OUT_HEADER.pack(OUT_HEADER.size + _INVAL_INODE.size, _NOTIFY_INVAL_INODE, 0) + _INVAL_INODE.pack(node, 0, 0)
+    return _inval(node, 0)
+
+
+def inval_attributes(node: int) -> bytes:
+    """The message that has the kernel ask again for a node's attributes. It leads to no request, and waits for none."""
+    return _inval(node, -1)
+
+
+def can_pass_through(branches: Iterable[int]) -> bool:
+    """Whether `PASSTHROUGH`, where the kernel has it, can be used for files of the directories ``branches``."""
+    return capabilities.on_host(capabilities.SYS_ADMIN) and not any(map(_is_stacked, branches))
+
+
+def backing_open(device: int, fd: int) -> int:
+    """Let the kernel read and write, by itself, the regular file that ``fd`` has open; the number to call that by.
+
+    It does so with this thread's credentials. Needs `PASSTHROUGH`, and CAP_SYS_ADMIN on the host. Raises `OSError`:
+    ELOOP where the file is on a file system that is stacked on others.
+    """
+    return int(fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0))))
+
+
+def backing_close(device: int, number: int) -> None:
+    """Take the number back. Files that are open by it stay so."""
+    fcntl.ioctl(device, _BACKING_CLOSE, _BACKING_ID.pack(number))
+
+
+def _inval(node: int, offset: int) -> bytes:
+    size = OUT_HEADER.size + _INVAL_INODE.size
+    return OUT_HEADER.pack(size, _NOTIFY_INVAL_INODE, 0) + _INVAL_INODE.pack(node, offset, 0)
+
+
+def _is_stacked(fd: int) -> bool:
+    """Whether the kernel refuses a file system, or may, as one to stack on."""
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    check(libc.fstatfs(fd, buffer))
+    return ctypes.c_long.from_buffer(buffer).value in _STACKED
 
 
 def _reply(fd: int, unique: int, payload: bytes) -> None:

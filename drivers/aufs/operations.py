@@ -2,6 +2,13 @@
 
 An operation returns its answer, or None where there is none. It raises `OSError` for its error number, `Pending` to be
 repeated later, and `Aside` to be answered by a thread.
+
+Where it may, the kernel reads and writes real files itself (FUSE's passthrough), and asks for all else as before. It
+cannot change the real file of what is open, so it gets those that stay what they are: files of the upper, and all files
+of a union that is read-only, where reading them changes no times. A lower file that may yet be copied up is read
+through the daemon and the kernel's cache, so that who has it open sees what others write, as on the kernel's overlay. A
+mapping may outlive what the kernel tells of: after it has forgotten a file that is still mapped, times change unseen
+until it is asked for something else of it.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from typing import Final
 from layerfs.drivers.aufs.copyup import CopyUp
 from layerfs.drivers.aufs.tree import Dir, Node, Tree
 from layerfs.drivers.aufs.union import Caller, Union
-from layerfs.kernel import fuse
+from layerfs.kernel import capabilities, fuse
 from layerfs.kernel.libc import check, libc
 
 WANTED: Final = (
@@ -39,6 +46,9 @@ WANTED: Final = (
 )
 """What is agreed on with the kernel: nothing changes the branches but through it, so it may cache all there is."""
 
+PASSTHROUGH: Final = WANTED | fuse.PASSTHROUGH
+"""The same where it may read and write the branches' files itself: it caches then nothing that is to be written."""
+
 Payload = bytes | list[bytes | memoryview]
 """An answer, in one piece or in several."""
 
@@ -47,7 +57,8 @@ _NS: Final = 10**9
 _COPY_AT_ONCE: Final = 16 << 20
 _TIMES: Final = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_FH
 _NO_ENTRY: Final = fuse.ENTRY_OUT.pack(0, 0, _FOREVER, 0, 0, 0, *[0] * 16)
-_ATTR_VALID: Final = fuse.ATTR_VALID.pack(_FOREVER, 0)
+_ATTR_VALID: Final = slice(fuse.ENTRY_ATTR_VALID, fuse.ENTRY_ATTR_VALID + 8)
+_SPECIAL_BITS: Final = stat.S_ISUID | stat.S_ISGID
 _DOTS: Final = ((1, b"."), (2, b".."))
 _PLUS: Final = fuse.ENTRY_OUT.size + fuse.DIRENT.size
 
@@ -90,15 +101,19 @@ class Operations:
     """The operations on one union.
 
     Args:
-        device: /dev/fuse, to tell the kernel what to write back.
+        device: /dev/fuse, to tell the kernel what to write back, and which files to read and write itself.
         work: see `CopyUp`.
+        passthrough: `fuse.PASSTHROUGH` has been granted.
 
     Attributes:
         handlers: what carries out each operation, by its number.
     """
 
-    def __init__(self, device: int, tree: Tree, work: int | None) -> None:
+    def __init__(self, device: int, tree: Tree, work: int | None, *, passthrough: bool) -> None:
         self._device = device
+        self._passthrough = passthrough
+        self._read_only = work is None
+        self._as_any_writer = capabilities.Without(capabilities.FSETID)
         self._tree = tree
         self._nodes = tree.nodes
         self._copyup = CopyUp(tree, work)
@@ -160,8 +175,10 @@ class Operations:
         """A node that the kernel learns of."""
         node.lookups += 1
         mode, _, _, links, uid, gid, size, atime, mtime, ctime = info
+        # What the kernel writes itself changes times when it is mapped, and takes special bits away.
+        valid = 0 if node.mappable or (node.backing and mode & _SPECIAL_BITS) else _FOREVER
         return fuse.ENTRY_OUT.pack(
-            *(node.ino, 0, _FOREVER, _FOREVER, 0, 0, node.ino, size, info.st_blocks, atime, mtime, ctime),
+            *(node.ino, 0, _FOREVER, valid, 0, 0, node.ino, size, info.st_blocks, atime, mtime, ctime),
             info.st_atime_ns - atime * _NS,
             info.st_mtime_ns - mtime * _NS,
             info.st_ctime_ns - ctime * _NS,
@@ -195,7 +212,7 @@ class Operations:
         """What is said of a node that the kernel knows: the same, but for how it is called."""
         entry = self._entry(node, info)
         node.lookups -= 1
-        return _ATTR_VALID + entry[fuse.ENTRY_HEAD :]
+        return entry[_ATTR_VALID] + bytes(8) + entry[fuse.ENTRY_HEAD :]
 
     def _setattr(self, request: Request) -> bytes:
         node = self._node(request.node)
@@ -332,7 +349,7 @@ class Operations:
             self._copyup.node(node, contents=not flags & os.O_TRUNC)
             if open_flags & fuse.OPEN_KILL_SUIDGID:
                 self._kill_special_bits(self._path(node))
-        return self._opened(node, self._descriptor(node, flags, writing), writing=writing)
+        return self._opened(node, self._descriptor(node, flags, writing), flags)
 
     def _descriptor(self, node: Node, flags: int, writing: bool) -> int:
         """Open the real file. For its write-back cache the kernel reads what it is to write, and appends by itself."""
@@ -351,12 +368,59 @@ class Operations:
                 return os.open(node.named, flags & ~os.O_NOATIME | mode | os.O_NOFOLLOW, dir_fd=place)
             return os.open(node.named, flags | os.O_WRONLY | os.O_NOFOLLOW, dir_fd=place)
 
-    def _opened(self, node: Node, fd: int, *, writing: bool) -> bytes:
+    def _opened(self, node: Node, fd: int, flags: int) -> bytes:
+        known = bool(node.lookups)
+        try:
+            passed = self._pass_through(node, fd, flags)
+        except BaseException:
+            os.close(fd)
+            self._unused(node)
+            self._tree.discard_unknown(node)
+            raise
+        others = bool(node.fds)
         node.fds.append(fd)
         self._open[fd] = node
-        if writing:
+        if passed:
+            if flags & os.O_ACCMODE == os.O_RDWR and not node.mappable:
+                node.mappable = True
+                if known:
+                    with contextlib.suppress(FileNotFoundError):  # the kernel has nothing of it
+                        os.write(self._device, fuse.inval_attributes(node.ino))
+            return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_PASSTHROUGH, node.backing)
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
             self._written.add(fd)
-        return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_KEEP_CACHE)
+        # What is cached of a file in the upper may be from before the kernel wrote that itself.
+        keep = node.lower or others or not self._passthrough
+        return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_KEEP_CACHE if keep else 0, 0)
+
+    def _pass_through(self, node: Node, fd: int, flags: int) -> bool:
+        """Whether the kernel is to read and write a file itself that is being opened, as it is told then.
+
+        All who have a file open have to agree, and on one real file. So what lies in a lower branch and may yet be
+        copied up is read through the kernel's cache: who reads it is to see what others write then.
+        Writing takes set-user-ID and set-group-ID bits from a file where who writes has no CAP_FSETID. The kernel
+        writes with our credentials, and as if without CAP_FSETID; a file that has such bits it does not write itself.
+        """
+        if not self._passthrough:
+            return False
+        if not node.backing:
+            suits = self._read_only if node.lower else not os.fstat(fd).st_mode & _SPECIAL_BITS
+            if node.fds or not suits:
+                return False
+            try:
+                with self._as_any_writer:
+                    node.backing = fuse.backing_open(self._device, fd)
+            except OSError:  # a directory of the branch may be on another file system
+                return False
+        if flags & os.O_DIRECT:  # which not every file system can
+            os.close(os.open(b"/proc/self/fd/%d" % fd, flags & (os.O_ACCMODE | os.O_DIRECT) | os.O_CLOEXEC))
+        return True
+
+    def _unused(self, node: Node) -> None:
+        """Have the kernel drop the real file of a node when nobody has it open any more."""
+        if node.backing and not node.fds:
+            fuse.backing_close(self._device, node.backing)
+            node.backing = 0
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _ = fuse.CREATE_IN.unpack_from(request.data)
@@ -369,13 +433,15 @@ class Operations:
             fd, info = self._descriptor(node, flags, True), self._tree.status(node)
         else:
             node, info, fd = self._union.create(directory, name, flags, mode, umask, request.caller)
-        return self._entry(node, info) + self._opened(node, fd, writing=True)
+        opened = self._opened(node, fd, flags)
+        return self._entry(node, info) + opened
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _ = fuse.CREATE_IN.unpack_from(request.data)
         directory = self._directory(request.node)
         node, info, fd = self._union.unnamed(directory, flags, mode, umask, request.caller)
-        return self._entry(node, info) + self._opened(node, fd, writing=True)
+        opened = self._opened(node, fd, flags)
+        return self._entry(node, info) + opened
 
     def _release(self, request: Request) -> bytes:
         (fd,) = fuse.RELEASE_IN.unpack_from(request.data)
@@ -383,6 +449,7 @@ class Operations:
         node.fds.remove(fd)
         self._written.discard(fd)
         os.close(fd)
+        self._unused(node)
         self._tree.discard_unknown(node)
         return b""
 

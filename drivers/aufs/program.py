@@ -18,7 +18,7 @@ import time
 from typing import Final
 
 from layerfs.drivers.aufs import options as command_line
-from layerfs.drivers.aufs.operations import WANTED
+from layerfs.drivers.aufs.operations import PASSTHROUGH, WANTED
 from layerfs.drivers.aufs.options import Options
 from layerfs.drivers.aufs.server import Server
 from layerfs.drivers.aufs.tree import Tree
@@ -58,6 +58,10 @@ def _run(options: Options) -> None:
         work = _work_directory(options.work, upper)
     elif options.upper is not None:
         lower.insert(0, _opened(options.upper, "the upper directory"))
+    branches = lower if upper is None else (upper, *lower)
+    # Reading changes the times of files that the kernel reads itself, which those below a read-only union must keep.
+    untouched = upper is not None or all(os.fstatvfs(fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME) for fd in lower)
+    wanted = PASSTHROUGH if untouched and fuse.can_pass_through(branches) else WANTED
     tree = Tree(upper, lower, limit=_limit())
     fuse_options = ["default_permissions"]
     if options.allow_other or os.geteuid() == 0:
@@ -68,21 +72,21 @@ def _run(options: Options) -> None:
         raise _unmountable(target, error) from error
     if not options.foreground:
         _become_daemon({device, *lower, *(fd for fd in (upper, work) if fd is not None)})
-    _serve(device, tree, work, target)
+    _serve(device, wanted, tree, work, target)
 
 
-def _serve(device: int, tree: Tree, work: int | None, target: str) -> None:
+def _serve(device: int, wanted: int, tree: Tree, work: int | None, target: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: fuse.unmount(target))
     os.chdir("/")
     try:
-        fuse.negotiate(device, WANTED)
+        granted = fuse.negotiate(device, wanted)
         _read_ahead(target)
         # What is there now stays; what comes is freed by reference counts, as nodes are taken apart when forgotten.
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 20)
-        Server(device, tree, work).run()
+        Server(device, tree, work, passthrough=bool(granted.flags & fuse.PASSTHROUGH)).run()
     except BaseException:
         with contextlib.suppress(OSError):
             fuse.unmount(target)

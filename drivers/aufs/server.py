@@ -31,10 +31,10 @@ _HEADER: Final = fuse.IN_HEADER.size
 class Server:
     """Serves one union over the descriptor ``device`` of /dev/fuse."""
 
-    def __init__(self, device: int, tree: Tree, work: int | None) -> None:
+    def __init__(self, device: int, tree: Tree, work: int | None, *, passthrough: bool) -> None:
         self._device = device
         self._tree = tree
-        self._operations = Operations(device, tree, work)
+        self._operations = Operations(device, tree, work, passthrough=passthrough)
         self._workers = Workers()
         self._parked: dict[Job, list[Request]] = {}
         self._buffer = bytearray(fuse.BUFFER_SIZE)

@@ -36,11 +36,27 @@ class Node:
         real: (device, inode number) of the real file.
         lookups: how often the kernel has been told of it.
         fds: the descriptors of the real file that are open on the kernel's behalf.
+        backing: by which number the kernel reads and writes the real file itself, through all of them; or 0.
+        mappable: it does so, or did, for who may have mapped the file, whose writing then changes times untold.
         orphan: an O_PATH descriptor of a real file in the upper that has no name any more, or -1.
         unlinked: how many names of a lower file have been hidden.
     """
 
-    __slots__ = ("at", "fds", "ino", "kind", "lookups", "lower", "named", "names", "orphan", "real", "unlinked")
+    __slots__ = (
+        "at",
+        "backing",
+        "fds",
+        "ino",
+        "kind",
+        "lookups",
+        "lower",
+        "mappable",
+        "named",
+        "names",
+        "orphan",
+        "real",
+        "unlinked",
+    )
 
     def __init__(self, ino: int, kind: int, at: Place, named: bytes, *, lower: bool, real: tuple[int, int]) -> None:
         self.ino = ino
@@ -52,6 +68,8 @@ class Node:
         self.real = real
         self.lookups = 0
         self.fds: list[int] = []
+        self.backing = 0
+        self.mappable = False
         self.orphan = -1
         self.unlinked = 0
 
