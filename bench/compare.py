@@ -1,8 +1,9 @@
 """Whether one run is slower than another, or does more: counters first, then the clock, and "cannot tell" as an answer.
 
 A counter (bytes copied up, blocks allocated) does not depend on the machine's mood: it is a regression when every
-sample of head lies above every sample of base. A time is one only when the confidence interval of the ratio lies
-beyond what identical code shows on this machine (the calibration's threshold), and a permutation test agrees.
+sample of head lies above every sample of base. A time is one only when the ratio lies beyond what identical code shows
+on this machine (the calibration's threshold), its whole confidence interval beyond 5 %, and a permutation test agrees
+that the samples differ, the more strictly the more figures are compared (Bonferroni).
 """
 
 from __future__ import annotations
@@ -138,7 +139,14 @@ def compare(
         head.name,
         [_counter(key, base.counters[key], head.counters[key]) for key in base.counters if key in head.counters],
         [
-            clock(key, base.seconds[key], head.seconds[key], max(thresholds.get(key, UNCALIBRATED), smallest))
+            clock(
+                key,
+                base.seconds[key],
+                head.seconds[key],
+                max(thresholds.get(key, UNCALIBRATED), smallest),
+                smallest=smallest,
+                figures=len(common),
+            )
             for key in common
         ],
         any(key in thresholds for key in common),
@@ -147,14 +155,28 @@ def compare(
     )
 
 
-def clock(key: Key, base: Sequence[float], head: Sequence[float], threshold: float) -> Clock:
-    """Judge one step's times."""
+def clock(
+    key: Key,
+    base: Sequence[float],
+    head: Sequence[float],
+    threshold: float,
+    *,
+    smallest: float = SMALLEST_THRESHOLD,
+    figures: int = 1,
+) -> Clock:
+    """Judge one step's times.
+
+    Args:
+        threshold: what the ratio has to exceed as a part, ``smallest``: what its whole interval has to.
+        figures: how many are compared; one of so many comes out as different by chance more easily than one alone.
+    """
     ratio = statistics.ratio(head, base)
     chance = statistics.difference(head, base)
+    differ = chance < max(_SIGNIFICANT / figures, 2 * statistics.SMALLEST_CHANCE)
     verdict = Verdict.UNCLEAR
-    if ratio.low > 1 + threshold and chance < _SIGNIFICANT:
+    if differ and ratio.middle > 1 + threshold and ratio.low > 1 + smallest:
         verdict = Verdict.WORSE
-    elif ratio.high < 1 / (1 + threshold) and chance < _SIGNIFICANT:
+    elif differ and ratio.middle < 1 / (1 + threshold) and ratio.high < 1 / (1 + smallest):
         verdict = Verdict.BETTER
     elif threshold <= _BLIND and 1 / (1 + threshold) <= ratio.low and ratio.high <= 1 + threshold:
         verdict = Verdict.SAME

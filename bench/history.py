@@ -25,6 +25,8 @@ from layerfs.errors import InvalidArgument
 
 FEWEST = 3
 """Runs that make a course."""
+_SIZES = ("block", "memory", "file_size", "most", "parent_size", "change", "written")
+"""Parameters in bytes."""
 _BARS = "▁▂▃▄▅▆▇█"
 _PIPE_WIDTH = 200
 
@@ -73,7 +75,7 @@ def courses(machine: Machine) -> list[Course]:
 
 def value_words(name: str, value: object) -> str:
     """A parameter's value for people, with its name where the value alone says nothing."""
-    if name in ("block", "memory", "file_size", "most", "parent_size", "change") and isinstance(value, int | float):
+    if name in _SIZES and isinstance(value, int | float):
         return size(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g} %" if name == "percent" else f"{name} {value:g}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 5000
+SMALLEST_CHANCE = 1 / (_PERMUTATIONS + 1)
+"""The least that `difference` can say."""
 _LEVEL = 0.95
 # Fixed, so that one set of samples always gives one interval.
 _SEED = 20_141

@@ -29,10 +29,9 @@ def scoreboard(claims: Sequence[Claim]) -> Element:
         figures = [part for words in figures for part in svg.wrapped(words, _WIDTH - _FIGURES - 12, 2)]
         tall = max(len(lines), len(figures), 1) * 15 + 9
         parts.append(svg.line(16, y, _WIDTH - 16, y, "grid"))
-        mark = svg.element("rect", x=16.0, y=y + 5, width=4.0, height=tall - 10, rx=2, class_=_FILL[claim.verdict])
-        if _FILL[claim.verdict] == "dim":
-            mark.attrib |= {"fill": "var(--dim)"}
-        parts.append(mark)
+        parts.append(
+            svg.element("rect", x=16.0, y=y + 5, width=4.0, height=tall - 10, rx=2, class_=_FILL[claim.verdict])
+        )
         parts.append(svg.text(28, y + 16, f"{SIGNS[claim.verdict]} {claim.verdict}", class_="strong"))
         parts += [svg.text(_CLAIM, y + 16 + 15 * number, words) for number, words in enumerate(lines)]
         parts += [svg.text(_FIGURES, y + 16 + 15 * n, words, class_="dim") for n, words in enumerate(figures)]

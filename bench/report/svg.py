@@ -34,10 +34,10 @@ def _palette(place: int) -> str:
     return "".join(f";--d{number}:{pair[place]}" for number, pair in enumerate(pairs))
 
 
-VARIABLES = (
-    f":root{{color-scheme:light dark;{_LIGHT}{_palette(0)};--worse:#d55e00;--better:#0072b2}}"
-    f"@media (prefers-color-scheme:dark){{:root{{{_DARK}{_palette(1)};--worse:#f0702a;--better:#3d9fdf}}}}"
-)
+_BRIGHT = f"{_LIGHT}{_palette(0)};--worse:#d55e00;--better:#0072b2"
+_DIM = f"{_DARK}{_palette(1)};--worse:#f0702a;--better:#3d9fdf"
+_DARK_MODE = "@media (prefers-color-scheme:dark)"
+VARIABLES = f":root{{color-scheme:light dark;{_BRIGHT}}}{_DARK_MODE}{{:root{{{_DIM}}}}}"
 PICTURE = (
     "svg.picture{font:12px system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif;"
     "font-variant-numeric:tabular-nums}"
@@ -50,6 +50,7 @@ PICTURE = (
     ".picture .theirs{fill:none;stroke-width:1.25;stroke-dasharray:4 3;opacity:.75}"
     ".picture .ribbon{stroke:none;fill-opacity:.16}.picture .whisker{stroke-width:1.5;fill:none}"
     ".picture .worse{fill:var(--worse)}.picture .better{fill:var(--better)}.picture .card{fill:var(--card)}"
+    ".picture .ground{fill:var(--bg)}"
     ".picture .change{stroke:var(--worse);stroke-width:1.5;stroke-dasharray:5 3}"
     + "".join(
         f".picture .d{n}{{stroke:var(--d{n})}}.picture .f{n}{{fill:var(--d{n})}}" for n in range(len(_DRIVERS) + 1)
@@ -93,14 +94,23 @@ def picture(width: float, height: float, title: str, *children: Element) -> Elem
 
 
 def standalone(picture: Element) -> str:
-    """The picture as a file: with its styles, a size, and a ground to stand on."""
+    """The picture as a file: with its styles, a size, and a ground to stand on.
+
+    Its colours stand in the rules themselves, because programs other than browsers know no variables.
+    """
     width, height = picture.attrib["viewBox"].split()[2:]
     head = {"xmlns": "http://www.w3.org/2000/svg", "width": width, "height": height}
     made = Element("svg", {**head, **picture.attrib})
-    made.append(element("style", VARIABLES + PICTURE))
-    made.append(element("rect", width=width, height=height, rx=8, fill="var(--bg)"))
+    made.append(element("style", f"{_coloured(_BRIGHT)}{_DARK_MODE}{{{_coloured(_DIM)}}}"))
+    made.append(element("rect", width=width, height=height, rx=8, class_="ground"))
     made.extend(list(picture))
     return ElementTree.tostring(made, encoding="unicode") + "\n"
+
+
+def _coloured(colours: str) -> str:
+    """The pictures' rules with these values in the places of the variables."""
+    values = dict(pair.split(":") for pair in colours.split(";"))
+    return re.sub(r"var\((.+?)\)", lambda found: values[found[1]], PICTURE)
 
 
 def text(x: float, y: float, words: str, *, anchor: str | None = None, class_: str | None = None) -> Element:
