@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -101,6 +102,12 @@ def boot_parameters() -> list[str]:
         "-m",
         "layerfs.guest.inside",
     ]
+
+
+def processor_flags() -> frozenset[str]:
+    """What the first processor can do, by the kernel's names for it (/proc/cpuinfo)."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
 
 
 def find_program(name: str, package: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from layerfs.driver import Mount
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
 from layerfs.guest import system
-from layerfs.guest.kind import Devices, Kind, Wires, boot_parameters, find_program
+from layerfs.guest.kind import Devices, Kind, Wires, boot_parameters, find_program, processor_flags
 from layerfs.guest.request import Request
 from layerfs.guest.sandbox import PRIVATE
 
@@ -107,5 +106,4 @@ class Qemu(Kind):
 
 def _has_kvm() -> bool:
     """Whether KVM runs any kernel here; there is a kind of it that has the device, but needs kernels made for it."""
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return os.access("/dev/kvm", os.R_OK | os.W_OK) and bool(flags and {"vmx", "svm"} & set(flags[1].split()))
+    return os.access("/dev/kvm", os.R_OK | os.W_OK) and bool({"vmx", "svm"} & processor_flags())

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from layerfs.guest.debian import cache
-from layerfs.guest.kind import find_program
+from layerfs.guest.kind import find_program, processor_flags
 from layerfs.programs import run
 
 
@@ -24,7 +23,7 @@ def library() -> Path | None:
 
     Raises `EnvironmentUnfit` where no compiler is there.
     """
-    if not re.search(r"^flags\s*:.*\bamx_tile\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+    if "amx_tile" not in processor_flags():
         return None
     source = importlib.resources.files(__package__).joinpath("xstate.c").read_bytes()
     made = cache() / f"xstate-{hashlib.sha256(source).hexdigest()[:16]}.so"

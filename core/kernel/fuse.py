@@ -50,7 +50,6 @@ ENTRY_HEAD: Final = ENTRY_OUT.size - struct.calcsize("<" + _ATTR)
 """Where the attributes begin in it."""
 ENTRY_ATTR_VALID: Final = struct.calcsize("<QQQ")
 """Where it says how long they are valid."""
-ATTR_VALID: Final = struct.Struct("<QI4x")  # how long the attributes that follow are valid, the same in ns
 DIRENT: Final = struct.Struct("<QQII")  # ino, offset of the next one, length of the name, type
 
 SETATTR_IN: Final = struct.Struct("<I4xQQ8xqqqIIII4xII4x")
