@@ -194,15 +194,18 @@ def test_what_was_not_measured_is_said_with_its_reason() -> None:
     assert "larger --profile" in judge(claim, [_run({}, more=larger)]).reason
 
 
-def test_a_claim_about_one_file_system_is_not_judged_on_another() -> None:
-    (claim,) = catalogue.load(_TEXT.replace("least = 1.5", 'least = 1.5\nbacking = "zfs"')).claims
-    times = {"overlay2": _times(2.0), "btrfs": _STEADY}
-    for filesystem, outcome in (("zfs", Outcome.HOLDS), ("fuse.zfs", Outcome.UNTESTABLE)):
-        run = _run(times)
-        facts = {"targets": {"overlay2": {"backing": {"filesystem": filesystem}}}}
-        found = judge(claim, [dataclasses.replace(run, fingerprint=facts)]).findings[0]
-        assert found.outcome is outcome
-        assert (filesystem in found.reason) == (outcome is Outcome.UNTESTABLE)
+def test_a_stand_in_decides_nothing_but_counters_of_its_form_on_disk() -> None:
+    real = '[real.overlay2]\nfact = ["status", "mechanism"]\nvalue = "the kernel\'s own"\n'
+    text = f'structural = ["bytes copied up"]\n{real}{_TEXT}'
+    run = _run({"overlay2": _times(2.0), "btrfs": _STEADY})
+    for mechanism, outcome in (("the kernel's own", Outcome.HOLDS), ("FUSE", Outcome.UNTESTABLE)):
+        facts = {"targets": {"overlay2": {"status": {"mechanism": mechanism}}}}
+        (claim,) = catalogue.load(text).claims
+        found = judge(claim, [dataclasses.replace(run, fingerprint=facts)]).findings
+        assert [finding.outcome for finding in found] == [outcome, Outcome.HOLDS]
+        assert ("overlay2 was FUSE in run, which gives 2 [" in found[0].reason) == (outcome is Outcome.UNTESTABLE)
+        (claim,) = catalogue.load(text.replace("least = 1.5", "least = 1.5\nany_kind = true")).claims
+        assert judge(claim, [dataclasses.replace(run, fingerprint=facts)]).findings[0].outcome is Outcome.HOLDS
 
 
 def test_each_part_is_judged_by_a_run_that_has_both_sides_of_it() -> None:

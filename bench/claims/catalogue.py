@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -62,6 +62,19 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Real:
+    """By what a driver is known as the one that the sources have measured, and not another in its place.
+
+    Attributes:
+        fact: where a run's fingerprint says what the driver is, from the target's own facts down.
+        value: what it says there.
+    """
+
+    fact: Sequence[str]
+    value: str
+
+
+@dataclass(frozen=True)
 class Test:
     """What one figure has to be over another (ratio of medians) if a part of a claim is true.
 
@@ -69,7 +82,7 @@ class Test:
         shows: that part, in words.
         over: the other figure, or a number in the figure's own unit; a name of a `Scale` stands for its value.
         least, most: the ratio's bounds; None for no bound.
-        backing: the file system that the first figure's target has to stand on, as the kernel calls it; "" for any.
+        takes: what targets have to be for the test to decide, where stand-ins for a driver would not do.
     """
 
     shows: str
@@ -77,7 +90,7 @@ class Test:
     over: Cell | int | str
     least: float | None
     most: float | None
-    backing: str = ""
+    takes: Mapping[str, Real] = field(default_factory=dict)
 
     @property
     def cells(self) -> list[Cell]:
@@ -137,7 +150,9 @@ def load(text: str | None = None) -> Catalogue:
         name: {key: value if isinstance(value, int) else parse_size(value) for key, value in values.items()}
         for name, values in document["scale"].items()
     }
-    claims = [_claim(entry, document["notes"]) for entry in document["claim"]]
+    real = {driver: Real(**given) for driver, given in document.get("real", {}).items()}
+    structural = document.get("structural", [])
+    claims = [_claim(entry, document["notes"], real, structural) for entry in document["claim"]]
     for claim in claims:
         _check(claim, scales)
     doubles = {claim.id for claim in claims if [other.id for other in claims].count(claim.id) > 1}
@@ -146,10 +161,18 @@ def load(text: str | None = None) -> Catalogue:
     return Catalogue(claims, scales)
 
 
-def _claim(entry: Mapping[str, Any], notes: Mapping[str, str]) -> Claim:
+def _claim(
+    entry: Mapping[str, Any], notes: Mapping[str, str], real: Mapping[str, Real], structural: Sequence[str]
+) -> Claim:
     common = entry.get("experiment", {})
     try:
-        tests = [test for given in entry.get("test", []) for test in _tests(common, given)]
+        tests = []
+        for given in entry.get("test", []):
+            for test in _tests(common, given):
+                free = given.get("any_kind", False) or test.of.figure in structural
+                drivers = {cell.target: driver_of(cell.target) for cell in test.cells}
+                takes = {target: real[driver] for target, driver in drivers.items() if driver in real and not free}
+                tests.append(replace(test, takes=takes))
         words = {name: str(entry[name]) for name in ("id", "says", "source", "theirs", "refuted")}
     except KeyError as error:
         raise InvalidArgument(f"the claim {entry.get('id')!r} lacks {error}") from error
@@ -171,7 +194,6 @@ def _tests(common: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Test
             over=other,
             least=given.get("least"),
             most=given.get("most"),
-            backing=given.get("backing", ""),
         )
 
 

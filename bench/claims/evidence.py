@@ -50,9 +50,12 @@ class Evidence:
         work = [count or size for count, size in zip(extra["operations"], extra["bytes"], strict=True)]
         return [amount / time for amount, time in zip(work, seconds, strict=True)] if all(work) else None
 
-    def backing(self, target: str) -> str:
-        """The file system that a target stood on; "" where the run does not say."""
-        return str(self.fingerprint.get("targets", {}).get(target, {}).get("backing", {}).get("filesystem", ""))
+    def fact(self, target: str, path: Sequence[str]) -> str:
+        """What the fingerprint says of a target; "" where it says nothing."""
+        found: Any = self.fingerprint.get("targets", {}).get(target, {})
+        for name in path:
+            found = found.get(name, {})
+        return str(found or "")
 
     def failure(self, cell: Cell) -> str:
         """Why the cell could not be measured; "" where nothing is known of that."""

@@ -116,13 +116,14 @@ def _of_run(test: Test, run: Evidence) -> Finding:
     figures = [samples for samples in map(run.samples, test.cells) if samples]
     if len(figures) < len(test.cells):
         return Finding(test, Outcome.UNTESTABLE, _missing(test, run))
-    if test.backing and (found := run.backing(test.of.target)) != test.backing:
-        why = f"it takes {test.backing}, and {test.of.target} stood on {found or 'something unknown'} in {run.name}"
-        return Finding(test, Outcome.UNTESTABLE, why)
     reference = figures[1] if len(figures) == 2 else [float(number(_constant(test), run.scale))]
     if min(map(min, (figures[0], reference))) <= 0:
         return Finding(test, Outcome.UNCLEAR, f"{test.of.figure} was 0 on one side, which has no ratio", None, run.name)
     ratio = statistics.ratio(figures[0], reference)
+    for target, real in test.takes.items():
+        if (found := run.fact(target, real.fact)) != real.value:
+            why = f"it takes {real.value}, and {target} was {found or 'something unknown'} in {run.name}"
+            return Finding(test, Outcome.UNTESTABLE, f"{why}, which gives {_number(ratio)}, {_asked(test)}")
     outcome = decide(figures[0], reference, test, ratio)
     return Finding(test, outcome, f"{_number(ratio)}, {_asked(test)}", ratio, run.name)
 
