@@ -471,6 +471,24 @@ def test_gc_frees_what_an_interrupted_import_left_and_says_so(cli: Cli, image: P
     assert cli("gc") == ""
 
 
+@root_only
+def test_a_backing_grows_while_layers_are_in_use(cli: Cli) -> None:
+    cli("init", "--backing", "xfs:320M")
+    cli("prepare", "work")
+    try:
+        file = Path(cli("mount", "work").strip()) / "file"
+        with pytest.raises(OSError, match="No space"):
+            file.write_bytes(bytes(400 << 20))
+        assert float(cli("grow", "640M").split()[0]) > 500  # the file system takes a part for itself
+        file.write_bytes(bytes(400 << 20))
+        cli("grow", "320M", code=2)
+        assert "cannot shrink" in cli.said
+        cli("grow", code=2)
+        assert "grow 200G" in cli.said
+    finally:
+        cli("unmount", "work")
+
+
 # -- help --------------------------------------------------------------------------------------------------------------
 
 

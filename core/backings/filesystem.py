@@ -144,10 +144,13 @@ class FileSystem(Kind):
             return
         try:
             run([part.format(device=point.source, path=self.path) for part in self._how.grow], self._how.package)
-        except LayerfsError:
+        except LayerfsError as error:
             if not self._how.grow_down:
                 raise
-            self.down()
+            try:
+                self.down()
+            except FailedPrecondition as used:
+                raise FailedPrecondition(f"{used}, and while it is, {error}; unmount those first") from error
             self._grow_unmounted()
             self.up()
 

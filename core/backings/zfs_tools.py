@@ -172,7 +172,7 @@ class Tools:
 def _error(what: str, words: str) -> LayerfsError:
     lower = words.lower()
     if "out of space" in lower or os.strerror(errno.ENOSPC).lower() in lower or "quota exceeded" in lower:
-        return OutOfSpace(f"{what}: {words}; free some space or grow the backing")
+        return OutOfSpace(f"{what}: {words}; free some space, or make it larger with `layerfs grow`")
     if "permission denied" in lower:
         return EnvironmentUnfit(f"{what}: {words}; run it as root")
     if "daemon is running" in lower or "failed to initialize" in lower:

@@ -23,7 +23,7 @@ EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _TOPICS: dict[str, tuple[click.Command, ...]] = {
-    "Store": (store.drivers, store.init, store.check, store.gc, store.migrate),
+    "Store": (store.drivers, store.init, store.check, store.gc, store.grow, store.migrate),
     "Images": (images.import_image, images.export, images.images),
     "Layers": (
         layers.prepare,

@@ -141,6 +141,23 @@ def gc(as_json: bool) -> None:
         click.echo(printable(line))
 
 
+@click.command(cls=Command, examples=("grow 200G", "grow 200G --root /srv/layers", "grow"))
+@click.argument("size", required=False)
+def grow(size: str | None) -> None:
+    """Make the store's own file system or pool larger.
+
+    Prints its size. SIZE is what it is to have then, and no less than it has; of a device, all is used. Layers can be in
+    use, but for ext4 without CAP_SYS_RESOURCE, and for zfs-fuse.
+    """
+    from layerfs.sizes import format_size, parse_size
+
+    with open_store() as store:
+        if size is None and store.backing.spec.device is None:
+            raise InvalidArgument("say how large it is to be, as in `layerfs grow 200G`; a device tells that itself")
+        store.backing.grow(parse_size(size) if size else 0)
+        click.echo(format_size(store.space().total))
+
+
 @click.command(
     cls=Command,
     examples=("migrate --to btrfs /srv/new", "migrate --to overlay2 --root /srv/old /srv/new"),

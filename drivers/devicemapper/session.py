@@ -201,13 +201,13 @@ class PoolSession:
         if free < least:
             raise OutOfSpace(
                 f"the thin pool {self.pool.name} has only {format_size(free)} of {format_size(status.total)} left; "
-                "remove some layers, or make the backing larger"
+                "remove some layers, or make it larger with `layerfs grow`"
             )
         if status.metadata_total - status.metadata_used < status.metadata_total // 16:
             raise OutOfSpace(
                 f"the thin pool {self.pool.name} has only "
                 f"{format_size(status.metadata_total - status.metadata_used)} of {format_size(status.metadata_total)} "
-                "left for its metadata; remove some layers, or make the backing larger"
+                "left for its metadata; remove some layers, or make it larger with `layerfs grow`"
             )
 
     @property
