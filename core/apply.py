@@ -94,7 +94,7 @@ def apply(
         whiteouts: None where ``root`` is the merged tree and deletions are real; for an upper, its backend's marks.
         record: takes the tar record (see `layerfs.record`).
         devices: also make devices beyond those that every container has.
-        verified: the caller compares the diff ID with a known one; the archive may lack its end mark then, as umoci's.
+        verified: the caller compares the diff ID with a known one; the archive may lack its end then, as umoci's.
         progress: is called with the number of further bytes of ``stream`` that were read.
 
     Raises:

@@ -22,6 +22,7 @@ import pytest
 
 from layerfs.apply import Applied, apply
 from layerfs.errors import BadLayer, LayerfsError
+from layerfs.volume_dirs import opened
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -316,21 +317,21 @@ def test_a_layer_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     Jail(tmp_path / "whole").apply(data[: end + 512])
 
 
-def test_the_end_mark_may_be_missing_where_the_digest_is_verified(tmp_path: Path) -> None:
-    """As umoci writes archives. What is cut off within an entry is refused all the same."""
+def test_the_end_may_be_missing_where_the_digest_is_verified(tmp_path: Path) -> None:
+    """As umoci writes archives, without the last payload's padding. What is cut off before is refused all the same."""
     data = _sample()
-    end = -(-len(data.rstrip(b"\0")) // 512) * 512
-    (tmp_path / "whole").mkdir()
-    root = os.open(tmp_path / "whole", os.O_RDONLY)
-    try:
-        applied = apply(io.BytesIO(data[:end]), root, verified=True)
-        assert (applied.size, applied.diff_id) == (end, f"sha256:{hashlib.sha256(data[:end]).hexdigest()}")
-        assert (tmp_path / "whole/utf8-é").read_bytes() == b"y"
-        for size in (0, 100, end - 1, end - 512):
-            with pytest.raises(BadLayer, match="cut off"):
-                apply(io.BytesIO(data[:size]), root, verified=True)
-    finally:
-        os.close(root)
+    bare = len(data.rstrip(b"\0"))
+    end = -(-bare // 512) * 512
+    for size in (bare, end):
+        place = tmp_path / str(size)
+        place.mkdir()
+        with opened(place) as root:
+            applied = apply(io.BytesIO(data[:size]), root, verified=True)
+        assert (applied.size, applied.diff_id) == (size, f"sha256:{hashlib.sha256(data[:size]).hexdigest()}")
+        assert (place / "utf8-é").read_bytes() == b"y"
+    for size in (0, 100, bare - 1, end - 1, end - 512):
+        with opened(place) as root, pytest.raises(BadLayer, match="cut off"):
+            apply(io.BytesIO(data[:size]), root, verified=True)
 
 
 def test_garbage_after_the_end_is_refused_and_padding_is_not(jail: Jail) -> None:

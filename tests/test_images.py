@@ -634,6 +634,19 @@ def test_an_image_of_umoci_through_skopeo(store: Store, umoci_image: Path, tmp_p
 
 
 @TOOLS
+def test_layers_that_umoci_inserted_end_with_their_last_byte(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"not a whole block")
+    made = f"{tmp_path}/made:v1"
+    run("umoci", "init", "--layout", tmp_path / "made")
+    run("umoci", "new", "--image", made)
+    run("umoci", "insert", "--image", made, tmp_path / "tree", "/tree")
+    store.images.import_(tmp_path / "made")
+    assert tree_of(store, "v1") == {"tree/file": b"not a whole block"}
+    assert not store.check()
+
+
+@TOOLS
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
 def test_a_commit_on_an_image_of_umoci_is_accepted_by_the_tools(
     store: Store, umoci_image: Path, tmp_path: Path, compression: str

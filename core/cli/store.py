@@ -146,8 +146,8 @@ def gc(as_json: bool) -> None:
 def grow(size: str | None) -> None:
     """Make the store's own file system or pool larger.
 
-    Prints its size. SIZE is what it is to have then, and no less than it has; of a device, all is used. Layers can be in
-    use, but for ext4 without CAP_SYS_RESOURCE, and for zfs-fuse.
+    Prints its size. SIZE is what it is to have then, and no less than it has; of a device, all is used. Layers can be
+    in use, but for ext4 without CAP_SYS_RESOURCE, and for zfs-fuse.
     """
     from layerfs.sizes import format_size, parse_size
 

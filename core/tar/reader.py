@@ -47,7 +47,8 @@ class TarReader:
     Args:
         next_block: gives the stream's bytes in pieces of any size, empty at the end.
         tee: is given every byte of the archive that is not payload, in order, and payload that nobody asked for.
-        end_mark: refuse an archive that ends after an entry without a block of zeros, as one that was cut off.
+        end_mark: refuse an archive that ends after an entry without a block of zeros, as one that was cut off. Else it
+            may lack the padding of the last entry's payload as well.
     """
 
     def __init__(
@@ -70,10 +71,13 @@ class TarReader:
         while True:
             if self._left:
                 self._skip()
+            may_end = not self._end_mark and bool(self._name) and extended is None
             if self._padding:
+                if may_end and self._ended():
+                    return
                 self._take(self._padding)
                 self._padding = 0
-            if not self._end_mark and self._name and extended is None and self._ended():
+            if may_end and self._ended():
                 return
             block = self._take(BLOCK)
             if block == ZEROS:
