@@ -74,7 +74,7 @@ def copy_up(machine: Machine) -> Panel:
     pictures: dict[str, Element] = {}
     if figures:
         size = max(figure.size for figure in figures)
-        figures = [figure for figure in figures if figure.size == size]
+        figures = [figure for figure in figures if figure.size == size and _is_plain(figure)]
         steps = [
             step for step in ("open", "first write", "fsync", "second write") if any(f.step == step for f in figures)
         ]
@@ -105,6 +105,11 @@ def copy_up(machine: Machine) -> Panel:
         )
     note = "Copy-up happens within open(2), where no I/O tester looks; so every system call has a clock of its own."
     return Panel("copy-up", "Copy-up", pictures, note, wanted if not figures else "")
+
+
+def _is_plain(figure: Figure) -> bool:
+    """Whether a first write is that of 4K, to a file of the layer next below."""
+    return all(_real(figure.parameters.get(name, usual)) == usual for name, usual in (("change", 4096), ("depth", 1)))
 
 
 _STEPS = {
