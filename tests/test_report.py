@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -175,6 +176,20 @@ def test_what_a_run_does_not_hold_is_left_out_and_the_command_that_would_measure
         context = bench.make_context("bench", command[2:])
         names = [name for given in context.params["names"] for name in given.split(",")]
         assert chosen(names, [_MIB], 1)
+
+
+def test_the_copy_up_picture_has_one_row_of_each_driver_for_each_step() -> None:
+    document = _document(["copyup-first-write"])
+    deep = copy.deepcopy(document["benchmarks"])
+    for one in deep:
+        one["params"]["depth"] = 16
+    document["benchmarks"] += deep
+    picture = panels.copy_up(*_machines(document)).pictures["copy-up"]
+    assert [element.text for element in picture.iter()].count("overlay2") == 4
+    document["benchmarks"] = deep
+    shown = panels.copy_up(*_machines(document))
+    assert not shown.pictures
+    assert shown.wanted
 
 
 def test_each_figure_has_its_interval_and_each_driver_one_colour_everywhere(machine: Machine) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -90,7 +90,7 @@ class Test:
     over: Cell | int | str
     least: float | None
     most: float | None
-    takes: Mapping[str, Real] = field(default_factory=dict)
+    takes: Mapping[str, Real]
 
     @property
     def cells(self) -> list[Cell]:
@@ -166,13 +166,7 @@ def _claim(
 ) -> Claim:
     common = entry.get("experiment", {})
     try:
-        tests = []
-        for given in entry.get("test", []):
-            for test in _tests(common, given):
-                free = given.get("any_kind", False) or test.of.figure in structural
-                drivers = {cell.target: driver_of(cell.target) for cell in test.cells}
-                takes = {target: real[driver] for target, driver in drivers.items() if driver in real and not free}
-                tests.append(replace(test, takes=takes))
+        tests = [test for given in entry.get("test", []) for test in _tests(common, given, real, structural)]
         words = {name: str(entry[name]) for name in ("id", "says", "source", "theirs", "refuted")}
     except KeyError as error:
         raise InvalidArgument(f"the claim {entry.get('id')!r} lacks {error}") from error
@@ -181,19 +175,25 @@ def _claim(
     return Claim(**words, tests=tests, cannot=entry.get("cannot", ""), notes=own)
 
 
-def _tests(common: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Test]:
+def _tests(
+    common: Mapping[str, Any], given: Mapping[str, Any], real: Mapping[str, Real], structural: Sequence[str]
+) -> Iterator[Test]:
     """One for each target of ``of``. What ``over`` does not say of its cell is as in ``of``'s experiment."""
     one = {**common, **given["of"]}
     targets = one["target"] if isinstance(one["target"], list) else [one["target"]]
     for target in targets:
         over = given["over"]
+        of = _cell({**one, "target": target})
         other = _cell({**common, "target": target, **over}) if isinstance(over, dict) else over
+        any_kind = given.get("any_kind", False) or of.figure in structural
+        compared = [cell.target for cell in (of, other) if isinstance(cell, Cell) and not any_kind]
         yield Test(
             shows=given["shows"].replace("{target}", target),
-            of=_cell({**one, "target": target}),
+            of=of,
             over=other,
             least=given.get("least"),
             most=given.get("most"),
+            takes={name: real[driver_of(name)] for name in compared if driver_of(name) in real},
         )
 
 

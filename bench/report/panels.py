@@ -14,6 +14,7 @@ from layerfs.bench.report import article, axes, plots
 from layerfs.bench.report.data import Figure, Machine
 from layerfs.bench.report.plots import Axis, Band, Cell, Line, Mark, Point, Row
 from layerfs.bench.statistics import Interval
+from layerfs.bench.workloads.copyup_first_write import CopyupFirstWrite
 
 _MOST_PICTURES = 12
 _SPEED = "speed, bytes a second; higher is better"
@@ -69,12 +70,12 @@ def heat_map(machine: Machine) -> Panel:
 
 def copy_up(machine: Machine) -> Panel:
     """The first write to a file of a lower layer, step by step; and from what part on a whole copy is cheaper."""
-    figures = machine.of("copyup-first-write")
+    figures = [figure for figure in machine.of("copyup-first-write") if _is_usual(figure)]
     wanted = "layerfs bench --driver all --workload copyup-first-write,copyup-crossover"
     pictures: dict[str, Element] = {}
     if figures:
         size = max(figure.size for figure in figures)
-        figures = [figure for figure in figures if figure.size == size and _is_plain(figure)]
+        figures = [figure for figure in figures if figure.size == size]
         steps = [
             step for step in ("open", "first write", "fsync", "second write") if any(f.step == step for f in figures)
         ]
@@ -107,9 +108,10 @@ def copy_up(machine: Machine) -> Panel:
     return Panel("copy-up", "Copy-up", pictures, note, wanted if not figures else "")
 
 
-def _is_plain(figure: Figure) -> bool:
-    """Whether a first write is that of 4K, to a file of the layer next below."""
-    return all(_real(figure.parameters.get(name, usual)) == usual for name, usual in (("change", 4096), ("depth", 1)))
+def _is_usual(figure: Figure) -> bool:
+    """Whether a first write is as large, and to a file as deep, as where nothing else is asked for."""
+    usual = {"change": CopyupFirstWrite.change, "depth": CopyupFirstWrite.depth}
+    return all(_real(figure.parameters.get(name, value)) == value for name, value in usual.items())
 
 
 _STEPS = {
