@@ -25,6 +25,7 @@ from layerfs.thinpool import Pool, Status
 _BLKDISCARD = io(0x12, 119)
 
 _MIB = 1 << 20
+_REMEDY = "remove some layers, or make it larger with `layerfs grow`"
 
 
 class PoolSession:
@@ -201,13 +202,13 @@ class PoolSession:
         if free < least:
             raise OutOfSpace(
                 f"the thin pool {self.pool.name} has only {format_size(free)} of {format_size(status.total)} left; "
-                "remove some layers, or make it larger with `layerfs grow`"
+                f"{_REMEDY}"
             )
         if status.metadata_total - status.metadata_used < status.metadata_total // 16:
             raise OutOfSpace(
                 f"the thin pool {self.pool.name} has only "
                 f"{format_size(status.metadata_total - status.metadata_used)} of {format_size(status.metadata_total)} "
-                "left for its metadata; remove some layers, or make it larger with `layerfs grow`"
+                f"left for its metadata; {_REMEDY}"
             )
 
     @property
