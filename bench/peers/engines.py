@@ -55,7 +55,7 @@ def need(*programs: str) -> None:
     """Raise `EnvironmentUnfit` where one is missing."""
     for program in programs:
         if shutil.which(program) is None:
-            raise EnvironmentUnfit(f"{program} is not installed; PEERS=1 .ci/setup installs what the comparison needs")
+            raise EnvironmentUnfit(f"{program} is not installed; `.ci/setup nox -s peers` installs what is needed")
     if os.geteuid() != 0:
         raise EnvironmentUnfit("container engines need root; run it as root")
 

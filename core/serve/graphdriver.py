@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -21,6 +21,7 @@ from layerfs.diff import write_diff
 from layerfs.driver import Change, ChangeKind
 from layerfs.errors import AlreadyExists, InvalidArgument, NotFound
 from layerfs.layer import Kind, Layer
+from layerfs.settling import Sync
 from layerfs.sizes import parse_size
 from layerfs.store import Store
 
@@ -57,7 +58,8 @@ class GraphDriver:
         if options:
             raise InvalidArgument(f"there is no storage option {next(iter(options))!r}; there is size")
         if parent:
-            self._finish(parent)
+            # What Docker wrote into it by hand prepares one container, for whose own writes nobody waits either.
+            self._finish(parent, Sync.LATER)
         with self._locked(key):
             if self._exists(key):
                 raise AlreadyExists(f"there is already a layer {key!r}")
@@ -87,11 +89,16 @@ class GraphDriver:
                     self._store.view(name, key)
             return {"Dir": str(self._store.mount(name))}
 
-    def put(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Unmount a layer; one that is not mounted is no error."""
+    def put(self, request: Mapping[str, Any], begun: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Unmount a layer; one that is not mounted is no error.
+
+        ``begun`` is called when other calls about the layer have to wait for this one, and so nobody else need do so:
+        the kernel takes its time, and Docker does nothing about a refusal.
+        """
         key = _id(request)
         with self._locked(key), contextlib.suppress(NotFound):
             layer = self._layer(key)
+            begun()
             self._store.unmount(_shown(key) if layer.kind is Kind.COMMITTED else layer.key)
         return {}
 
@@ -188,11 +195,11 @@ class GraphDriver:
             return False
         return True
 
-    def _finish(self, key: str) -> None:
+    def _finish(self, key: str, sync: Sync | None = None) -> None:
         """Make a layer one that can be a parent, which nobody writes to any more."""
         with self._locked(key):
             if self._layer(key).kind is Kind.ACTIVE:
-                self._store.commit(key, _writable(key), digest=False)
+                self._store.commit(key, _writable(key), digest=False, sync=sync)
 
     @contextmanager
     def _compared(self, request: Mapping[str, Any]) -> Iterator[tuple[Iterator[Change], int]]:
