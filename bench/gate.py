@@ -187,7 +187,7 @@ def _needed(given: Path | None, command: str | None, side: str) -> Path | None:
 
 
 def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float, *, force: bool) -> Comparison:
-    first, second = recorded.read(base), recorded.read(head)
+    first, second = recorded.read(base).joined(), recorded.read(head).joined()
     calibrated = recorded.read(calibration) if calibration else first
     if calibration and not calibrated.thresholds:
         raise InvalidArgument(f"{str(calibration)!r} holds no calibration; make one with layerfs bench --calibrate")

@@ -271,7 +271,7 @@ def _trial(
     )
     kinds = {changed[name]: fault.target for name, fault in faults.items()}
     whole = recorded.taken(runner.run(plan, interrupts, progress, kinds=kinds), "trial")
-    base, found, figures = whole.only(driver, driver), {}, 0
+    base, found, figures = whole.joined().only(driver, driver), {}, 0
     for name, fault in faults.items():
         comparison = compare(base, whole.only(changed[name], driver), base.thresholds)
         figures = len(comparison.clocks) + len(comparison.counters)

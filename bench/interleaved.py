@@ -40,7 +40,7 @@ Side = Callable[[Sequence[str], Path], tuple[int, str]]
 
 @dataclass(frozen=True)
 class Measured:
-    """Both sides, and the calibration's thresholds if there was one."""
+    """Both sides, and the calibration's thresholds if there was one; the base has twice the samples then."""
 
     base: Recorded
     head: Recorded
@@ -131,7 +131,8 @@ def measure(
 def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]) -> Measured:
     sides = {arm: together(runs, arm).without(ignoring) for arm, runs in found.items()}
     thresholds = _thresholds(sides[BASE], sides[AGAIN]) if AGAIN in sides else {}
-    return Measured(sides[BASE], sides[HEAD], thresholds)
+    base = together([sides[arm] for arm in (BASE, AGAIN) if arm in sides], BASE)
+    return Measured(base, sides[HEAD], thresholds)
 
 
 def _thresholds(base: Recorded, again: Recorded) -> dict[Key, float]:

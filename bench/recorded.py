@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from layerfs.bench import calibration, runfile
 from layerfs.bench.results import Run
+from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class Key(NamedTuple):
@@ -35,6 +39,9 @@ class CounterKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.workload}: {self.counter} on {self.target}"
+
+
+_AnyKey = TypeVar("_AnyKey", Key, CounterKey)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,14 @@ class Recorded:
             {key._replace(target=named): value for key, value in self.counters.items() if key.target == target},
             {key._replace(target=named): value for key, value in self.thresholds.items() if key.target == target},
             self.warnings,
+        )
+
+    def joined(self) -> Recorded:
+        """A calibrating run, with both measurements of each driver as one that has twice the samples."""
+        return replace(
+            self,
+            seconds=_gathered((_of_first(key), times) for key, times in self.seconds.items()),
+            counters=_gathered((_of_first(key), values) for key, values in self.counters.items()),
         )
 
     def without(self, facts: Collection[str]) -> Recorded:
@@ -137,15 +152,21 @@ def taken(run: Run, name: str) -> Recorded:
 
 def together(runs: Sequence[Recorded], name: str) -> Recorded:
     """The samples of several runs of the same thing, in their order."""
-    seconds: dict[Key, list[float]] = {}
-    counters: dict[CounterKey, list[int]] = {}
-    for run in runs:
-        for key, times in run.seconds.items():
-            seconds.setdefault(key, []).extend(times)
-        for counter, values in run.counters.items():
-            counters.setdefault(counter, []).extend(values)
+    seconds = _gathered(samples for run in runs for samples in run.seconds.items())
+    counters = _gathered(samples for run in runs for samples in run.counters.items())
     warnings = dict.fromkeys(warning for run in runs for warning in run.warnings)
     return Recorded(name, runs[0].machine, seconds, counters, runs[0].thresholds, list(warnings))
+
+
+def _gathered(samples: Iterable[tuple[_K, Sequence[_V]]]) -> dict[_K, list[_V]]:
+    found: dict[_K, list[_V]] = {}
+    for key, values in samples:
+        found.setdefault(key, []).extend(values)
+    return found
+
+
+def _of_first(key: _AnyKey) -> _AnyKey:
+    return key._replace(target=first_of_pair(key.target) or key.target)
 
 
 def _targets(own: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Recovery:
                 self._database.delete_volume(row.volume)
 
     def seal(self, row: Row, sync: Sync | None = None) -> None:
-        """Finish a commit, whose layer is marked as one whose data may not be written out; without ``sync``, as ever."""
+        """Finish a commit, whose layer is marked as one whose data may not be written out."""
         sync = sync or self._settling.sync
         self._mounting.take_down(row)
         volume, parents = self._session.volumes(row)

@@ -99,6 +99,17 @@ def test_a_counter_is_worse_when_every_sample_is_and_a_block_does_not_matter(wri
         assert counter.verdict is verdict
 
 
+def test_both_measurements_of_a_calibrating_run_are_samples_of_one_driver() -> None:
+    key, again = Key("w", "s", "btrfs"), Key("w", "s", "btrfs again")
+    counter = recorded.CounterKey("w", "bytes", "btrfs again")
+    other = Key("w", "s", "vfs")
+    run = recorded.Recorded("run", {}, {key: [1.0, 2.0], again: [3.0], other: [4.0]}, {counter: [5]}, {key: 0.2})
+    joined = run.joined()
+    assert joined.seconds == {key: [1.0, 2.0, 3.0], other: [4.0]}
+    assert joined.counters == {counter._replace(target="btrfs"): [5]}
+    assert joined.thresholds == {key: 0.2}
+
+
 # The command
 
 
