@@ -22,7 +22,7 @@ from layerfs.layer import Kind, Layer
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
 from layerfs.session import Session
-from layerfs.settling import Sync, boot
+from layerfs.settling import boot
 from layerfs.transfer import Transfer
 
 
@@ -66,7 +66,7 @@ class Lifecycle:
                 raise
         return dataclasses.replace(row, state=State.READY, owner=None)
 
-    def commit(self, name: str, key: str, labels: Mapping[str, str], *, digest: bool, sync: Sync | None) -> Layer:
+    def commit(self, name: str, key: str, labels: Mapping[str, str], *, digest: bool) -> Layer:
         """Make an active layer a committed one, called ``name``."""
         check_key(name)
         check_labels(labels)
@@ -94,7 +94,7 @@ class Lifecycle:
                 raise
         row = self._numbered(row.number)
         try:
-            self._recovery.seal(row, sync)
+            self._recovery.seal(row)
         except LayerfsError as error:
             self._recovery.give_up(row, error)
             raise

@@ -73,20 +73,19 @@ class Recovery:
             if row.volume is not None:
                 self._database.delete_volume(row.volume)
 
-    def seal(self, row: Row, sync: Sync | None = None) -> None:
+    def seal(self, row: Row) -> None:
         """Finish a commit, whose layer is marked as one whose data may not be written out."""
-        sync = sync or self._settling.sync
         self._mounting.take_down(row)
         volume, parents = self._session.volumes(row)
         self._session.driver.seal(volume, parents)
-        if sync is Sync.COMMIT:
+        if self._settling.sync is Sync.COMMIT:
             self._settling.write_out([row.number])
         assert row.new_key is not None
         assert row.new_labels is not None
         with self._database.transaction():
             self._database.commit(row.number, row.new_key, row.new_labels)
-        if sync is Sync.LATER:
-            self._settling.write_out_later()
+        if self._settling.sync is Sync.LATER:
+            self._settling.write_out([row.number])
 
     def unlock(self, row: Row) -> None:
         """Let a layer be as it was before an operation began."""

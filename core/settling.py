@@ -37,7 +37,7 @@ class Settling:
     """Writes out what one session commits.
 
     Args:
-        sync: when, where a commit does not say otherwise.
+        sync: when.
     """
 
     def __init__(self, session: Session, sync: Sync) -> None:
@@ -50,12 +50,14 @@ class Settling:
         self._thread: threading.Thread | None = None
 
     def write_out(self, numbers: Iterable[int]) -> None:
-        """Write out the data of marked layers and take their marks away. Raises `OutOfSpace`, `KernelRefused`."""
-        self._session.sync()
-        self._database.settle(numbers, boot())
+        """Write out the data of marked layers and take their marks away: now, or in a thread a moment later.
 
-    def write_out_later(self) -> None:
-        """Do so in a thread a moment later, for all that are marked then."""
+        Raises `OutOfSpace`, `KernelRefused`.
+        """
+        if self.sync is Sync.COMMIT:
+            self._session.sync()
+            self._database.settle(numbers, boot())
+            return
         with self._starting:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True, name="settle")

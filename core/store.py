@@ -132,15 +132,7 @@ class Store:
         """Make a read-only look at a committed layer or image; arguments, result and errors as for `prepare`."""
         return self._mounting.described(self._lifecycle.make(key, Kind.VIEW, parent, labels, None))
 
-    def commit(
-        self,
-        name: str,
-        key: str,
-        *,
-        labels: Mapping[str, str] = _NO_LABELS,
-        digest: bool = True,
-        sync: Sync | None = None,
-    ) -> Layer:
+    def commit(self, name: str, key: str, *, labels: Mapping[str, str] = _NO_LABELS, digest: bool = True) -> Layer:
         """Finish the writable layer ``key``: it is immutable from now on, called ``name``, and may have children.
 
         The store's own mounts of it are taken down; whoever mounted it by other means has to unmount it before.
@@ -148,11 +140,10 @@ class Store:
         Args:
             labels: replace those of the active layer.
             digest: compute the diff ID, which reads all that the layer changed, unless it is known already.
-            sync: when its data is written out, if not when the store's other layers' is.
 
         Raises `NotFound`, `AlreadyExists` (the name), `FailedPrecondition` (not active, in use), `OutOfSpace`.
         """
-        return self._lifecycle.commit(name, key, labels, digest=digest, sync=sync)
+        return self._lifecycle.commit(name, key, labels, digest=digest)
 
     def remove(self, key: str, *, wait: bool = True) -> None:
         """Remove a layer with the store's own mounts of it.

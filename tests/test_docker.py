@@ -61,10 +61,10 @@ class Docker:
         command = [*self.client, "version"]
         wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, "Docker answers")
 
-    def raw(self, *arguments: str | Path, feed: bytes = b"", code: int = 0) -> bytes:
+    def raw(self, *arguments: str | Path, feed: bytes = b"", code: int = 0, **variables: str) -> bytes:
         """Run the client; what it prints."""
         command = [*self.client, *map(str, arguments)]
-        environment = os.environ | {"DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self.place / "client")}
+        environment = os.environ | {"DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self.place / "client")} | variables
         done = subprocess.run(
             command, input=feed, capture_output=True, check=False, timeout=120, env=environment, cwd=self.place
         )
@@ -189,17 +189,19 @@ def test_images_are_saved_and_loaded_as_they_are(docker: Docker) -> None:
 
 
 @pytest.mark.thorough
-def test_an_image_is_built(docker: Docker) -> None:
-    context = docker.place / "context"
+@pytest.mark.parametrize("buildkit", ["0", "1"])
+def test_an_image_is_built(docker: Docker, tmp_path: Path, buildkit: str) -> None:
+    context = tmp_path / "context"
     context.mkdir()
     (context / "file").write_text("copied\n")
     steps = [f"FROM {IMAGE}", "COPY file /data/", "RUN echo run >> /data/file && rm /etc/passwd", 'CMD ["/bin/ls"]']
     steps += [f"RUN echo {number} > /step{number}" for number in range(2)]
     (context / "Dockerfile").write_text("\n".join([*steps, ""]))
-    docker("build", "--network", "none", "--tag", "bb:built", context)
+    docker.raw("build", "--network", "none", "--tag", "bb:built", context, DOCKER_BUILDKIT=buildkit)
     assert docker.run("--rm", "bb:built", "/bin/sh", "-c", f"cat /data/file /step1; {GONE}") == "copied\nrun\n1\ngone"
     assert len(docker("history", "-q", "bb:built").splitlines()) == len(steps)
     docker("rmi", "bb:built")
+    docker("builder", "prune", "--all", "--force")
 
 
 def test_a_size_limit(docker: Docker) -> None:

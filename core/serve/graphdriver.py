@@ -21,7 +21,6 @@ from layerfs.diff import write_diff
 from layerfs.driver import Change, ChangeKind
 from layerfs.errors import AlreadyExists, InvalidArgument, NotFound
 from layerfs.layer import Kind, Layer
-from layerfs.settling import Sync
 from layerfs.sizes import parse_size
 from layerfs.store import Store
 
@@ -58,8 +57,7 @@ class GraphDriver:
         if options:
             raise InvalidArgument(f"there is no storage option {next(iter(options))!r}; there is size")
         if parent:
-            # What Docker wrote into it by hand prepares one container, for whose own writes nobody waits either.
-            self._finish(parent, Sync.LATER)
+            self._finish(parent)
         with self._locked(key):
             if self._exists(key):
                 raise AlreadyExists(f"there is already a layer {key!r}")
@@ -195,11 +193,11 @@ class GraphDriver:
             return False
         return True
 
-    def _finish(self, key: str, sync: Sync | None = None) -> None:
+    def _finish(self, key: str) -> None:
         """Make a layer one that can be a parent, which nobody writes to any more."""
         with self._locked(key):
             if self._layer(key).kind is Kind.ACTIVE:
-                self._store.commit(key, _writable(key), digest=False, sync=sync)
+                self._store.commit(key, _writable(key), digest=False)
 
     @contextmanager
     def _compared(self, request: Mapping[str, Any]) -> Iterator[tuple[Iterator[Change], int]]:
