@@ -147,6 +147,17 @@ def tree(driver: Driver, volume: str) -> Tree:
         return read_tree(fd)
 
 
+@contextlib.contextmanager
+def mounted(driver: Driver, volume: str, target: Path) -> Iterator[Path]:
+    """A volume mounted as engines do it, which the driver knows nothing of."""
+    target.mkdir(exist_ok=True)
+    mounts.attach(driver.mounts(volume, ()), target)
+    try:
+        yield target
+    finally:
+        mounts.unmount(target)
+
+
 def write(driver: Driver, volume: str, name: str, data: bytes) -> None:
     with mounts.opened(driver.mounts(volume, ())) as fd:
         Path(f"/proc/self/fd/{fd}", name).write_bytes(data)
@@ -271,6 +282,28 @@ def test_seal_can_be_killed_anywhere(ext4: Pool) -> None:
             break
         step += 1
     assert step > 8
+
+
+@in_guest
+def test_seal_of_a_mounted_volume_can_be_killed_anywhere(ext4: Pool, tmp_path: Path) -> None:
+    base = sealed_base(ext4.driver)
+    step = 0
+    while True:
+        ext4.driver.create("child", ["base"])
+        with mounted(ext4.driver, "child", tmp_path / "target") as target:
+            (target / "more").write_bytes(b"more")
+            expected = tree(ext4.driver, "child")
+            went_on = killed(lambda: ext4.driver.seal("child", ["base"]), step, steps)
+            assert set(ext4.reopened().volumes()) == {"base", "child"}
+            assert (target / "more").read_bytes() == b"more"
+        check_whole(ext4, base, "child")
+        ext4.driver.seal("child", ["base"])
+        assert tree(ext4.driver, "child") == expected
+        ext4.driver.remove("child")
+        if not went_on:
+            break
+        step += 1
+    assert step > 12
 
 
 @in_guest
@@ -728,23 +761,43 @@ def test_a_mounted_volume_is_not_removed_and_the_error_says_where(ext4: Pool, tm
     """moby#27381: EBUSY, and then a device that nobody could get rid of."""
     driver = ext4.driver
     driver.create("volume", ())
-    target = tmp_path / "target"
-    target.mkdir()
-    mounts.attach(driver.mounts("volume", ()), target)
-    try:
+    with mounted(driver, "volume", tmp_path / "target") as target:
         (target / "file").write_bytes(b"x")
-        for action in (driver.remove, lambda volume: driver.seal(volume, ())):
-            with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'.*unmount it first"):
-                action("volume")
+        with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'.*unmount it first"):
+            driver.remove("volume")
         with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'"):
             ext4.backing.down()
         assert (target / "file").read_bytes() == b"x"
         assert ext4.check_all() == []
-    finally:
-        mounts.unmount(target)
     driver.remove("volume")
     assert list(driver.volumes()) == []
     assert ext4.devices == []
+
+
+@in_guest
+def test_of_a_mounted_volume_what_is_there_at_the_moment_is_sealed(pool: Pool, base: Tree, tmp_path: Path) -> None:
+    """containerd's snapshotters commit what is still mounted; what is written afterwards goes nowhere."""
+    driver = pool.driver
+    driver.create("volume", ["base"])
+    with mounted(driver, "volume", tmp_path / "target") as target:
+        (target / "file").write_bytes(b"kept")
+        driver.seal("volume", ["base"])
+        (target / "file").write_bytes(b"too late")
+        (target / "later").write_bytes(b"too late")
+        driver.create("child", ["volume"])
+        for volume in ("volume", "child"):
+            with mounts.opened(driver.mounts(volume, (), read_only=True)) as fd:
+                assert sorted(set(os.listdir(fd)) - {"lost+found"}) == ["data", "file", "small"]
+                assert Path(f"/proc/self/fd/{fd}/file").read_bytes() == b"kept"
+                assert read_tree(fd)["data"] == base["data"]
+        assert set(driver.volumes()) == {"base", "volume", "child"}
+        assert pool.check_all() == []
+        assert len(driver._ledger.unfinished()) == 1
+    assert pool.check_all() == []
+    assert driver._ledger.unfinished() == []
+    for name in ("child", "volume", "base"):
+        driver.remove(name)
+    assert pool.devices == []
 
 
 @in_guest

@@ -84,15 +84,20 @@ class Activation:
             else:
                 return
 
-    def check_unused(self, device: Device) -> None:
-        """Raise `FailedPrecondition`, naming who has it open, where it is open."""
+    def is_open(self, device: Device) -> bool:
+        """Whether somebody has it open at this moment."""
+        found = dm.info(self.name(device))
+        return found is not None and found.open_count > 0
+
+    def is_used(self, device: Device) -> bool:
+        """Whether somebody has it open who is not about to let go of it."""
         name = self.name(device)
         until = time.monotonic() + _PATIENCE
         while (found := dm.info(name)) is not None and found.open_count:
-            if time.monotonic() > until:
-                users = users_of(name, found.number)
-                raise _in_use(device, users)
+            if time.monotonic() > until or "mounted" in users_of(name, found.number):
+                return True
             time.sleep(_PAUSE)
+        return False
 
     def resize(self, device: Device, size: int) -> None:
         """Make it ``size`` bytes large, whatever it is used for."""

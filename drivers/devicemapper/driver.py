@@ -132,7 +132,7 @@ class DevicemapperDriver(SnapshotDriver):
             self._ledger.change(device, state=State.READY)
 
     def seal(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
-        """See `Driver.seal`.
+        """See `Driver.seal`. Of a volume that somebody else has mounted, a copy of this moment is sealed.
 
         Raises `OutOfSpace` or `Damaged` where writes to the volume had failed because the pool was full.
         """
@@ -140,6 +140,11 @@ class DevicemapperDriver(SnapshotDriver):
         if device.is_sealed:
             return
         with self._reported(f"sealing the volume {volume!r}"):
+            with self._session.locked():
+                if self._activation.is_used(device):
+                    self._check_sound(device)
+                    device = self._session.replaced(device)
+                self._activation.on(device)
             self._write_out(device)
             with self._session.locked():
                 if device.size_limit is not None:
@@ -176,7 +181,8 @@ class DevicemapperDriver(SnapshotDriver):
         return [Mount(self._filesystem.name, str(path), ("ro" if read_only else "rw", *options))]
 
     def volumes(self) -> Iterator[str]:
-        return iter([device.volume for device in self._ledger.all() if device.volume != BLANK])
+        there = [device for device in self._ledger.all() if device.state is not State.REMOVING]
+        return iter([device.volume for device in there if device.volume != BLANK])
 
     def usage(self, volume: str, parents: Sequence[str]) -> Usage:  # noqa: ARG002
         """The blocks that the volume does not share with its parent at the same place. Inodes are not counted."""
@@ -261,9 +267,6 @@ class DevicemapperDriver(SnapshotDriver):
 
     def _write_out(self, device: Device) -> None:
         """Have all of a volume on disk, with nothing left to be done for the file system, or say why not."""
-        with self._session.locked():
-            self._activation.check_unused(device)
-            self._activation.on(device)
         try:
             with self._session.opened(device) as fd:
                 self._filesystem.trim(fd)
@@ -276,6 +279,9 @@ class DevicemapperDriver(SnapshotDriver):
                     "there is of it, or make it anew"
                 ) from error
             raise
+        self._check_sound(device)
+
+    def _check_sound(self, device: Device) -> None:
         if fault := self._fault(device):
             raise Damaged(
                 f"sealing the volume {device.volume!r}: {fault}; make it anew, or keep what there is of it with "

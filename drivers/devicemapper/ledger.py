@@ -56,6 +56,7 @@ class State(enum.StrEnum):
     """Its writers wait until a snapshot has been taken."""
     LIMITING = "limiting"
     REMOVING = "removing"
+    """It is no volume any more; if it is in use, it goes when it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,14 @@ class Ledger:
         """Note that a device is about to be deleted."""
         with self._connected() as database:
             database.execute("UPDATE device SET state = ? WHERE id = ?", (State.REMOVING, device.id))
+            self._advance(database)
+
+    def replace(self, device: Device, by: Device) -> None:
+        """Note that another device is the volume from now on, and that this one is to be deleted."""
+        with self._connected() as database:
+            command = "UPDATE device SET volume = ?, state = ? WHERE id = ?"
+            database.execute(command, (f"{device.volume} (replaced)", State.REMOVING, device.id))
+            database.execute(command, (device.volume, State.READY, by.id))
             self._advance(database)
 
     def forget(self, device: Device) -> None:

@@ -86,6 +86,16 @@ class PoolSession:
                 self._protect_again(origin)
         return device
 
+    def replaced(self, device: Device) -> Device:
+        """A copy of a device as it is now, which is the volume from now on; the device goes once nobody uses it."""
+        copy = self.snapshot(f"{device.volume} (replacing)", device, size_limit=device.size_limit)
+        with self.undone(copy):
+            self.ledger.replace(device, copy)
+        self._stepped()
+        found = self.ledger.find(device.volume)
+        assert found is not None
+        return found
+
     def blank(self, size: int) -> Device:
         """The empty file system that volumes without a parent are snapshots of; made when there is none yet."""
         if (found := self.ledger.find(BLANK)) is not None:
@@ -172,6 +182,8 @@ class PoolSession:
         for device in self.ledger.unfinished():
             with contextlib.suppress(OSError, LayerfsError):
                 match device.state:
+                    case State.REMOVING if self.activation.is_open(device):
+                        pass
                     case State.CREATING | State.REMOVING:
                         self.delete(device)
                     case State.SUSPENDED:
