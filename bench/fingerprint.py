@@ -15,7 +15,7 @@ from pathlib import Path
 
 import layerfs
 import layerfs.guest
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.bench import fio, memory
 
 _DEPENDENCIES = ("layerfs", "zstandard", "isal")
@@ -78,7 +78,7 @@ def machine(place: Path) -> dict[str, object]:
 def storage(place: Path) -> dict[str, object]:
     """The file system that ``place`` lies on and, as far as sysfs knows it, the disk below that."""
     place = place.resolve()
-    over = [mount for mount in mounts.table() if place.is_relative_to(mount.target)]
+    over = [mount for mount in mount_table.read() if place.is_relative_to(mount.target)]
     if not over:
         return {}
     deepest = max(len(mount.target.parts) for mount in over)
@@ -134,7 +134,7 @@ def commit_info() -> dict[str, object]:
     return info
 
 
-def _device(mount: mounts.MountPoint) -> str:
+def _device(mount: mount_table.MountPoint) -> str:
     """``major:minor`` of the disk; btrfs has a number of its own in the mount table."""
     try:
         info = os.stat(mount.source)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Self
 
-from layerfs import mounts, registry
+from layerfs import mount_table, mounts, registry
 from layerfs.backing import DIRECTORY, Backing, BackingSpec
 from layerfs.bench import target_name
 from layerfs.bench.caches import write_back
@@ -226,7 +226,7 @@ def _sweep(place: Path) -> None:
 def _take_away(root: Path) -> None:
     """Unmount everything below a scratch directory, the last mounted first, and remove it."""
     real = Path(os.path.realpath(root))
-    for mount in reversed(mounts.table()):
+    for mount in reversed(mount_table.read()):
         if mount.target.is_relative_to(real):
             mounts.unmount(mount.target, lazy=True)
     parent = os.open(root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.database import MountRow, Row
 from layerfs.driver import Mount
 from layerfs.errors import FailedPrecondition, InvalidArgument, LayerfsError, NotFound
@@ -244,25 +244,15 @@ class Mounting:
     def _is_mounted(self, place: Path) -> bool:
         """Whether something is mounted at a layer's own place."""
         try:
-            return _mount_of(place) != _mount_of(place.parent)
+            return mount_table.mount_of(place) != mount_table.mount_of(place.parent)
         except FileNotFoundError:
             return False
 
     def _is_bound(self, user: MountRow) -> bool:
         """Whether what is mounted at the user's target is the layer's mount."""
-        tops = {str(point.target): point for point in mounts.table()}
+        tops = {str(point.target): point for point in mount_table.read()}
         own, there = tops.get(str(self._session.place(user.layer))), tops.get(user.target)
         return own is not None and there is not None and (own.device, own.root) == (there.device, there.root)
-
-
-def _mount_of(path: Path) -> int:
-    """The ID of the mount that a directory lies on, or that covers it."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
-            return next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
-    finally:
-        os.close(fd)
 
 
 def _namespace() -> int:

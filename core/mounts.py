@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -15,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from layerfs import mount_table
 from layerfs.driver import Mount
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, refused
 from layerfs.kernel import fuse
@@ -59,34 +58,6 @@ _new_api = True
 """False once the kernel has turned out not to know the calls that `_detached` uses."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountPoint:
-    """One line of ``/proc/self/mountinfo``, see proc_pid_mountinfo(5), with its escapes undone.
-
-    Attributes:
-        id, parent: mount IDs; the parent is the mount that this one lies on.
-        device: ``major:minor`` of the file system.
-        root: the directory of the file system that is shown at ``target``.
-        options: of the mount; ``super_options``: of the file system.
-    """
-
-    id: int
-    parent: int
-    device: str
-    root: str
-    target: Path
-    type: str
-    source: str
-    options: tuple[str, ...]
-    super_options: tuple[str, ...]
-
-
-def table() -> list[MountPoint]:
-    """Every mount of this process's mount namespace, in the kernel's order (a later one covers an earlier one)."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        return [_parsed(line) for line in file]
-
-
 def attach(mounts: Sequence[Mount], target: Path) -> None:
     """Mount ``mounts`` in their order at the directory ``target``; when one fails, none stays.
 
@@ -113,14 +84,15 @@ def unmount(target: Path, *, lazy: bool = False) -> None:
     """
     try:
         if not lazy:
-            for inner in below(target):
+            for inner in mount_table.below(target):
                 _umount_patiently(inner)
             _umount_patiently(target)
         else:
             _umount(target, api.MNT_DETACH)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            who = ", ".join(holders(target)) or "the kernel itself (a loop device, a swap file, another mount)"
+            kernel = "the kernel itself (a loop device, a swap file, another mount)"
+            who = ", ".join(mount_table.holders(target)) or kernel
             raise FailedPrecondition(f"unmounting {str(target)!r}: it is in use by {who}; end that first") from error
         raise refused(f"unmounting {str(target)!r}", error) from error
 
@@ -138,27 +110,6 @@ def opened(mounts: Sequence[Mount]) -> Iterator[int]:
         with _reported(first):
             fd = _opened_alone(first, stack) if len(mounts) == 1 else _opened_hidden(mounts, stack)
         yield stack.enter_context(_fd(fd))
-
-
-def below(target: Path) -> list[Path]:
-    """The mount points below ``target``, those to be taken down first in front."""
-    inside = os.path.join(_resolved(target), "")
-    with open("/proc/self/mountinfo", "rb", buffering=0) as file:
-        listing = file.readall()
-    # Each removal asks, and a host with containers has many mounts: mostly there is nothing to take apart.
-    if re.sub(rb"[ \t\n\\]", lambda m: b"\\%03o" % ord(m[0]), os.fsencode(inside)) not in listing:
-        return []
-    names = [_octal(line.split(b" ", 5)[4]) for line in listing.split(b"\n")[:-1]]
-    return [Path(name) for name in reversed(names) if name.startswith(inside) and name != inside]
-
-
-def holders(target: Path) -> list[str]:
-    """The processes, as ``PID (command)``, that have a file, directory or mapping on the mount at ``target``."""
-    found = []
-    for process in _holding(target):
-        with contextlib.suppress(OSError):
-            found.append(f"{process.name} ({(process / 'comm').read_text().strip()})")
-    return found
 
 
 # Making mounts
@@ -520,44 +471,14 @@ def _unescaped(value: str) -> str:
     return re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
 
 
-# Looking at mounts
-
-
-def _parsed(line: bytes) -> MountPoint:
-    fields = line.rstrip(b"\n").split(b" ")
-    dash = fields.index(b"-", 6)
-    number, parent, device, root, target, options = fields[:6]
-    filesystem, source, super_options = fields[dash + 1 : dash + 4]
-    return MountPoint(
-        int(number),
-        int(parent),
-        device.decode(),
-        _octal(root),
-        Path(_octal(target)),
-        _octal(filesystem),
-        _octal(source),
-        tuple(map(_octal, options.split(b","))),
-        tuple(map(_octal, super_options.split(b","))),
-    )
-
-
-def _octal(raw: bytes) -> str:
-    """Undo the kernel's escapes: a backslash and three octal digits."""
-    if b"\\" not in raw:
-        return os.fsdecode(raw)
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), raw))
-
-
-def _resolved(target: Path) -> Path:
-    """The name under which the kernel lists the mount point ``target``."""
-    return Path(os.path.realpath(target.parent)) / target.name
+# Taking down
 
 
 def _umount(target: Path, flags: int) -> None:
     try:
         api.umount(target, flags | api.UMOUNT_NOFOLLOW)
     except OSError as error:
-        if error.errno == errno.EPERM and any(m.target == _resolved(target) and is_fuse(m.type) for m in table()):
+        if error.errno == errno.EPERM and any(is_fuse(mount.type) for mount in mount_table.at(target)):
             fuse.unmount_by_helper(str(target), lazy=bool(flags & api.MNT_DETACH))
         elif error.errno not in (errno.EINVAL, errno.ENOENT):  # neither a mount point nor there at all
             raise
@@ -574,47 +495,5 @@ def _umount_patiently(target: Path) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or last:
                 raise
-        last = time.monotonic() > ends or not _daemons(target)  # one more try: they may have ended just now
+        last = time.monotonic() > ends or not mount_table.daemons(target)  # one more try: they may have ended just now
         time.sleep(0.01)
-
-
-def _daemons(target: Path) -> list[Path]:
-    """The processes that serve FUSE file systems and hold the mount at ``target``."""
-    return [process for process in _holding(target) if _serves(process)]
-
-
-def _serves(process: Path) -> bool:
-    with contextlib.suppress(OSError):  # it ended meanwhile
-        return any(os.readlink(link) == "/dev/fuse" for link in (process / "fd").iterdir())
-    return False
-
-
-def _holding(target: Path) -> Iterator[Path]:
-    """The processes, as their places in /proc, that hold the mount at ``target``."""
-    top = _resolved(target)
-    ids = {m.id for m in table() if m.target == top}
-    for pid in (name for name in os.listdir("/proc") if name.isdigit()):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
-            if _holds(Path("/proc", pid), ids):
-                yield Path("/proc", pid)
-
-
-def _holds(process: Path, ids: set[int]) -> bool:
-    """Whether a process's working directory, root, program, files or mappings lie on one of the mounts ``ids``."""
-    for info in (process / "fdinfo").iterdir():
-        with contextlib.suppress(OSError):
-            if _mount_id(info) in ids:
-                return True
-    maps = process / "map_files"
-    for link in (process / "cwd", process / "root", process / "exe", *(maps.iterdir() if maps.exists() else ())):
-        with contextlib.suppress(OSError), _fd(os.open(link, os.O_PATH | os.O_CLOEXEC)) as fd:
-            if _mount_id(Path("/proc/self/fdinfo", str(fd))) in ids:
-                return True
-    return False
-
-
-def _mount_id(fdinfo: Path) -> int | None:
-    for line in fdinfo.read_text().splitlines():
-        if line.startswith("mnt_id:"):
-            return int(line.split()[1])
-    return None

@@ -9,7 +9,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.kernel.libc import check, libc
 
 _DIRENT = struct.Struct("=QqHB")
@@ -28,7 +28,7 @@ def filesystem_of(path: Path) -> str:
     """The type of the file system that the existing ``path`` lies on, as ``/proc/filesystems`` names it."""
     real = Path(os.path.realpath(path))
     found = max(
-        (mount for mount in enumerate(mounts.table()) if real.is_relative_to(mount[1].target)),
+        (mount for mount in enumerate(mount_table.read()) if real.is_relative_to(mount[1].target)),
         key=lambda mount: (len(mount[1].target.parts), mount[0]),
     )
     return found[1].type

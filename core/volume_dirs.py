@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.errors import FailedPrecondition
 
 _NEW, _CONDEMNED = ".new-", ".rm-"
@@ -47,7 +47,7 @@ class VolumeDirs:
         self._destroy(self._root / f"{_NEW}{volume}")
         self._destroy(condemned)
         # A mount inside would stop it when it has been taken apart half-way.
-        if mounts.below(self.path(volume)):
+        if mount_table.below(self.path(volume)):
             raise _in_use(volume)
         try:
             os.rename(self.path(volume), condemned)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.backing import Backing
 from layerfs.backings import zfs_tools
 from layerfs.backings.zfs_fuse import Daemon, unmount
@@ -392,12 +392,12 @@ class ZfsDriver(SnapshotDriver):
         if self._is_shown(volume):
             self._write_out(volume)
             top = Path(os.path.realpath(self.root))
-            point = next(point for point in reversed(mounts.table()) if point.target == top / volume)
+            point = next(point for point in reversed(mount_table.read()) if point.target == top / volume)
             unmount(point)
 
     def _hide_oldest(self) -> None:
         """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""
-        table = mounts.table()
+        table = mount_table.read()
         top = Path(os.path.realpath(self.root))
         ours = [point for point in table if point.type == "fuse.zfs" and point.target.parent == top]
         if len(ours) <= _MOST_MOUNTED:
@@ -411,7 +411,7 @@ class ZfsDriver(SnapshotDriver):
         """zfs(8) would unmount it wherever it is, without a question."""
         place = self._dataset(volume)
         targets = [
-            repr(str(point.target)) for point in mounts.table() if point.source in (place, self._snapshot(volume))
+            repr(str(point.target)) for point in mount_table.read() if point.source in (place, self._snapshot(volume))
         ]
         if targets:
             text = f"removing the volume {volume!r}: it is mounted at {', '.join(targets)}; unmount it first"
@@ -431,11 +431,11 @@ class _Exists(Exception):
     """What is to be made is there already."""
 
 
-def _dataset_at(path: Path) -> mounts.MountPoint | None:
+def _dataset_at(path: Path) -> mount_table.MountPoint | None:
     """The mount of a dataset that the existing ``path`` lies on; None where it lies on something else."""
     real = Path(os.path.realpath(path))
     found = max(
-        (point for point in enumerate(mounts.table()) if real.is_relative_to(point[1].target)),
+        (point for point in enumerate(mount_table.read()) if real.is_relative_to(point[1].target)),
         key=lambda point: (len(point[1].target.parts), point[0]),
     )[1]
     return found if found.type in zfs_tools.TYPES else None
@@ -444,7 +444,7 @@ def _dataset_at(path: Path) -> mounts.MountPoint | None:
 @contextlib.contextmanager
 def _mounted(dataset: str) -> Iterator[Path]:
     """Where a dataset is mounted; if nowhere, at a private place for as long as the context lasts."""
-    for point in mounts.table():
+    for point in mount_table.read():
         if (point.type, point.source, point.root) == ("zfs", dataset, "/"):
             yield point.target
             return

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.drivers.aufs import options
 from layerfs.errors import InvalidArgument
 
@@ -143,7 +143,7 @@ def test_it_is_the_mount_program_of_podman_s_storage(tmp_path: Path) -> None:
     try:
         lower = storage("create-layer").split()[0]
         root = Path(storage("mount", lower).strip())
-        assert [point.type for point in mounts.table() if point.target == root] == ["fuse.layerfs-aufs"]
+        assert [point.type for point in mount_table.read() if point.target == root] == ["fuse.layerfs-aufs"]
         (root / "dir").mkdir()
         (root / "dir" / "inner").write_bytes(b"x")
         (root / "gone").write_bytes(b"x")
@@ -233,7 +233,7 @@ def test_a_terminated_daemon_takes_its_mount_with_it(union: Union) -> None:
     (daemon,) = union.daemons()
     os.kill(daemon, signal.SIGTERM)
     assert union.wait_for_end()
-    assert union.target not in [point.target for point in mounts.table()]
+    assert union.target not in [point.target for point in mount_table.read()]
     assert (union.upper / "file").read_bytes() == b"kept"
 
 
@@ -296,7 +296,7 @@ def test_a_killed_caller_leaves_no_daemon(union: Union) -> None:
     noise = random.Random(2)
     script = f"""
 import time
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.driver import Mount
 with mounts.opened([Mount("fuse3.layerfs-aufs", "killed", {tuple(union.options.split(","))!r})]):
     print("open", flush=True)
@@ -310,7 +310,7 @@ with mounts.opened([Mount("fuse3.layerfs-aufs", "killed", {tuple(union.options.s
             time.sleep(noise.uniform(0, 0.05) * number)
             process.kill()
         assert union.wait_for_end()
-    assert not [point for point in mounts.table() if point.type == "fuse.layerfs-aufs" and point.source == "killed"]
+    assert not [point for point in mount_table.read() if point.type == "fuse.layerfs-aufs" and point.source == "killed"]
 
 
 def test_others_are_answered_while_a_large_file_is_copied_up(union: Union) -> None:

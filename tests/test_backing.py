@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import filesystems, mounts, programs
+from layerfs import filesystems, mount_table, mounts, programs
 from layerfs.backing import Backing, BackingSpec
 from layerfs.backings import places
 from layerfs.driver import Mount
@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     """A directory for one backing; afterwards nothing may be mounted in it, and no loop device stand on it."""
     root = tmp_path / "a root, with: odd\\name"
     yield root
-    left = [m.target for m in mounts.table() if m.target.is_relative_to(tmp_path)]
+    left = [m.target for m in mount_table.read() if m.target.is_relative_to(tmp_path)]
     devices = [d for image in tmp_path.rglob("*.img") for d in loop.find(image)]
     for target in reversed(left):
         mounts.unmount(target, lazy=True)
@@ -67,7 +67,7 @@ def test_life_of_a_backing(root: Path, filesystem: str) -> None:
     assert root.stat().st_mode & 0o777 == 0o700
     made.up()
     made.up()
-    (point,) = [m for m in mounts.table() if m.target == made.path]
+    (point,) = [m for m in mount_table.read() if m.target == made.path]
     assert point.type == filesystem
     assert made.path.stat().st_mode & 0o777 == 0o700
     (made.path / "file").write_text("kept")
@@ -282,7 +282,7 @@ def test_many_at_once(root: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(use, range(12)))
     assert len(loop.find(root / "backing.img")) == 1
-    assert len([m for m in mounts.table() if m.target == root / "data"]) == 1
+    assert len([m for m in mount_table.read() if m.target == root / "data"]) == 1
     Backing(root).destroy()
 
 
@@ -327,4 +327,4 @@ def test_kill_at_any_point_can_be_put_right(root: Path) -> None:
         except NotFound:
             assert not (root / "backing.img").exists()
         assert set(os.listdir(root) if root.exists() else []) <= {"backing.lock", "backing.json.new"}
-        assert not [m for m in mounts.table() if m.target.is_relative_to(root)]
+        assert not [m for m in mount_table.read() if m.target.is_relative_to(root)]

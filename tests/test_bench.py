@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, registry
 
 _COMMAND = [sys.executable, "-m", "layerfs.cli", "bench"]
 _STEPS = {
@@ -36,7 +36,7 @@ def scratch() -> Iterator[Path]:
     path = Path("/var/tmp") / f"layerfs-test-bench-{os.getpid()}"
     path.mkdir()
     yield path
-    left = [str(mount.target) for mount in mounts.table() if mount.target.is_relative_to(path)]
+    left = [str(mount.target) for mount in mount_table.read() if mount.target.is_relative_to(path)]
     for target in reversed(left):
         subprocess.run(["umount", "--lazy", target], check=False)
     names = os.listdir(path)
@@ -245,7 +245,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing_and_ends_with_130(scratch: Pa
         assert process.returncode == 130, context
         assert "Traceback" not in errors, context
         assert os.listdir(scratch) == [], context
-        assert not [mount for mount in mounts.table() if mount.target.is_relative_to(scratch)], context
+        assert not [mount for mount in mount_table.read() if mount.target.is_relative_to(scratch)], context
         assert _loops(scratch) == [], context
 
 

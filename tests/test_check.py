@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.check import Finding
 from layerfs.errors import LayerfsError, NotFound
 from layerfs.store import Store
@@ -37,7 +37,7 @@ def tree_of(store: Store, key: str) -> Path:
 
 def unlocked(place: Path) -> None:
     """Make a read-only subvolume writable."""
-    if any(point.type == "btrfs" and place.is_relative_to(point.target) for point in mounts.table()):
+    if any(point.type == "btrfs" and place.is_relative_to(point.target) for point in mount_table.read()):
         from layerfs.kernel import btrfs
 
         fd = os.open(place, os.O_RDONLY)

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, registry
 from layerfs.backing import FILESYSTEMS
 from layerfs.bench import runfile, target_name
 from layerfs.bench.claims import catalogue, evidence, plan, scoreboard
@@ -268,7 +268,7 @@ def scratch() -> Iterator[Path]:
     path = Path("/var/tmp") / f"layerfs-test-claims-{os.getpid()}"
     path.mkdir()
     yield path
-    left = [str(mount.target) for mount in mounts.table() if mount.target.is_relative_to(path)]
+    left = [str(mount.target) for mount in mount_table.read() if mount.target.is_relative_to(path)]
     for target in reversed(left):
         subprocess.run(["umount", "--lazy", target], check=False)
     names = os.listdir(path)

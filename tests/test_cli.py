@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.cli.app import cli as program
 from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 from layerfs.testing.trees import read_tree
@@ -84,7 +84,7 @@ def _loops(below: Path) -> list[str]:
 def place(tmp_path: Path) -> Iterator[Path]:
     """A directory in which nothing stays mounted, and no loop device, once the test's mounts are taken down."""
     yield tmp_path
-    below = [point.target for point in mounts.table() if point.target.is_relative_to(tmp_path)]
+    below = [point.target for point in mount_table.read() if point.target.is_relative_to(tmp_path)]
     for target in sorted(below, reverse=True):
         mounts.unmount(target, lazy=True)
     deadline = time.monotonic() + 20  # the kernel frees loop devices a moment later
@@ -147,7 +147,7 @@ def test_an_image_goes_in_is_changed_and_goes_out_into_another_driver(
         one("unmount", "look")
         one("rm", "look")
         one("check")
-    assert not [point.target for point in mounts.table() if point.type == "overlay" and str(place) in point.source]
+    assert not [point.target for point in mount_table.read() if point.type == "overlay" and str(place) in point.source]
 
 
 @root_only

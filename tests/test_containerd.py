@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, mounts, registry
 from layerfs.testing.engines import BUSYBOX, Served, busybox_image, layerfs, listens, running, wait_until
 from layerfs.testing.images import tar_of
 
@@ -104,7 +104,7 @@ def containerd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         wait_until(lambda: listens(engine.socket), "containerd listens")
         engine.ctr("images", "import", busybox_image(place / "busybox.tar", IMAGE))
         yield engine
-    left = [point.target for point in mounts.table() if point.target.is_relative_to(place)]
+    left = [point.target for point in mount_table.read() if point.target.is_relative_to(place)]
     for target in reversed(left):
         mounts.unmount(target, lazy=True)
     assert left == []

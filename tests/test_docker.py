@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, mounts, registry
 from layerfs.driver import Capability
 from layerfs.store import Store
 from layerfs.testing.engines import BUSYBOX, Served, busybox_layer, layerfs, running, wait_until
@@ -99,7 +99,7 @@ def docker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield docker
         for name in docker("ps", "-aq").split():
             docker("rm", "-f", name)
-    left = [point.target for point in mounts.table() if point.target.is_relative_to(place)]
+    left = [point.target for point in mount_table.read() if point.target.is_relative_to(place)]
     for target in reversed(left):
         mounts.unmount(target, lazy=True)
     assert left == []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import engine, mounts, registry
+from layerfs import engine, mount_table, registry
 from layerfs.errors import AlreadyExists, BadLayer, InvalidArgument, LayerfsError, NotFound
 from layerfs.layer import Kind
 from layerfs.store import Store
@@ -208,14 +208,14 @@ def test_an_interrupted_run_ends_the_container_and_leaves_nothing(store: Store, 
     )
 
     def has_begun() -> bool:
-        places = (point.target for point in mounts.table() if point.target.parent == store.root / "mnt")
+        places = (point.target for point in mount_table.read() if point.target.parent == store.root / "mnt")
         return any((place / mark[1:]).exists() for place in places)
 
     wait_until(has_begun, "the container runs")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     assert list(store.list("kind==active")) == []
-    assert not [point for point in mounts.table() if point.target.is_relative_to(store.root / "mnt")]
+    assert not [point for point in mount_table.read() if point.target.is_relative_to(store.root / "mnt")]
     commands = [Path("/proc", pid, "cmdline") for pid in os.listdir("/proc") if pid.isdigit()]
     texts = []
     for file in commands:

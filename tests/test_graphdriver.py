@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, registry
 from layerfs.store import Store
 from layerfs.testing.engines import Served, layerfs, wait_until
 from layerfs.testing.guests import every_driver
@@ -83,7 +83,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     yield served
     assert served.stop() == 0
     assert not served.socket.exists()
-    assert not [point for point in mounts.table() if point.target.is_relative_to(place)]
+    assert not [point for point in mount_table.read() if point.target.is_relative_to(place)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.driver import Mount
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, KernelRefused, LayerfsError
 
@@ -22,7 +22,7 @@ AWKWARD = ["plain", "co:lon", "com,ma", "sp ace", "back\\slash", os.fsdecode(b"\
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    for point in reversed(mounts.table()):
+    for point in reversed(mount_table.read()):
         if point.target.is_relative_to(tmp_path):
             mounts.unmount(point.target, lazy=True)
 
@@ -57,7 +57,7 @@ def layers(base: Path, count: int, *, pad: str = "") -> list[Path]:
 
 
 def mounted_below(path: Path) -> list[Path]:
-    return [m.target for m in mounts.table() if m.target.is_relative_to(path)]
+    return [m.target for m in mount_table.read() if m.target.is_relative_to(path)]
 
 
 @pytest.mark.usefixtures("api")
@@ -157,7 +157,7 @@ def test_opened_has_no_place_and_is_writable(scratch: Path) -> None:
         os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
         assert sorted(os.listdir(fd)) == ["file0", "new"]
         assert mounted_below(scratch) == []
-        assert not any(m.type == "overlay" and m.target.name.startswith("layerfs-") for m in mounts.table())
+        assert not any(m.type == "overlay" and m.target.name.startswith("layerfs-") for m in mount_table.read())
     assert (scratch / "upper" / "new").exists()
     with mounts.opened([mount]) as fd:  # the upper directory is free again at once
         assert "new" in os.listdir(fd)
@@ -234,11 +234,11 @@ def test_table_undoes_escapes(scratch: Path) -> None:
     target = scratch / os.fsdecode(b"a b\tc\\040\n\xff#")
     target.mkdir()
     mounts.attach([Mount("tmpfs", "a source", ("size=64k", "noexec", "ro"))], target)
-    (point,) = [m for m in mounts.table() if m.target == target]
+    (point,) = [m for m in mount_table.read() if m.target == target]
     assert (point.type, point.source, point.root) == ("tmpfs", "a source", "/")
     assert {"noexec", "ro"} <= set(point.options)
     assert {"size=64k", "ro"} <= set(point.super_options)
-    assert point.parent in {m.id for m in mounts.table()}
+    assert point.parent in {m.id for m in mount_table.read()}
 
 
 def test_killed_process_leaves_no_mount(scratch: Path) -> None:

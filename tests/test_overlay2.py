@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.driver import Capability, ChangeKind
 from layerfs.drivers.overlay2 import Overlay2Driver
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError
@@ -91,7 +91,7 @@ class TestOverlay2WithRedirects(DriverConformance):
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
     yield Workbench(Overlay2Driver(tmp_path))
-    for point in reversed(mounts.table()):
+    for point in reversed(mount_table.read()):
         if point.target.is_relative_to(tmp_path):
             mounts.unmount(point.target, lazy=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import mount_table, mounts, registry
 from layerfs.store import Store
 from layerfs.testing.engines import BUSYBOX, busybox_image
 
@@ -56,7 +56,7 @@ def podman(tmp_path: Path) -> Iterator[Podman]:
     for name in run("ps", "--all", "--quiet").split():
         run("rm", "--force", "--time", "0", name)
     shutil.rmtree(state)
-    left = [point.target for point in mounts.table() if point.target.is_relative_to(tmp_path)]
+    left = [point.target for point in mount_table.read() if point.target.is_relative_to(tmp_path)]
     for target in reversed(left):
         mounts.unmount(target, lazy=True)
     assert [target for target in left if target != root / "overlay"] == []  # podman itself leaves that one

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import layerfs
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.backing import BackingSpec
 from layerfs.driver import Capability
 from layerfs.errors import (
@@ -214,7 +214,7 @@ def test_mounts_are_counted_and_go_with_the_last_user(store: Store, tmp_path: Pa
     store.unmount(place)
     with pytest.raises(NotFound):
         store.unmount("work")
-    assert not [point for point in mounts.table() if point.target.is_relative_to(store.root / "mnt")]
+    assert not [point for point in mount_table.read() if point.target.is_relative_to(store.root / "mnt")]
 
 
 def test_a_mount_outlives_the_store_object_and_another_can_take_it_down(make_store: MakeStore) -> None:
@@ -240,7 +240,7 @@ def test_commit_and_remove_take_down_the_mounts_of_the_store_but_not_those_in_us
     store.prepare("child", "base")
     place = store.mount("child")
     store.remove("child")
-    assert not [point for point in mounts.table() if point.target.is_relative_to(store.root / "mnt")]
+    assert not [point for point in mount_table.read() if point.target.is_relative_to(store.root / "mnt")]
 
 
 # -- contents ------------------------------------------------------------------------------------------------------
@@ -497,7 +497,7 @@ def test_the_backing_goes_down_with_the_last_session_and_up_with_the_next(make_s
     store.close()
     assert other.space().free > 0
     other.close()
-    assert not [point for point in mounts.table() if point.target.is_relative_to(store.root)]
+    assert not [point for point in mount_table.read() if point.target.is_relative_to(store.root)]
     with Store(store.root) as again:
         assert keys(again) == ["base"]
 
@@ -510,7 +510,9 @@ def test_everything_that_is_public_can_be_imported() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_stays_mounted(tmp_path: Path) -> Iterator[None]:
     yield
-    assert not [point for point in mounts.table() if point.target.is_relative_to(tmp_path) and point.type == "overlay"]
+    assert not [
+        point for point in mount_table.read() if point.target.is_relative_to(tmp_path) and point.type == "overlay"
+    ]
 
 
 # -- removal that nobody waits for -----------------------------------------------------------------------------------

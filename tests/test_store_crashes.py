@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.kernel import loop
 from layerfs.layer import Kind
 from layerfs.store import Store
@@ -121,6 +121,6 @@ def test_killed_at_random_points_it_is_sound_when_opened_again(
         assert list(store.driver.volumes()) == []
         assert os.listdir(store.root / "records") == []
     assert operations > 50
-    assert not [point.target for point in mounts.table() if point.target.is_relative_to(root)]
+    assert not [point.target for point in mount_table.read() if point.target.is_relative_to(root)]
     if (image_file := root / "backing.img").exists():
         assert loop.find(image_file) == []

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.backing import Backing, BackingSpec
 from layerfs.backings import zfs_tools
 from layerfs.backings.zfs_fuse import Daemon
@@ -54,7 +54,7 @@ SPEC = BackingSpec("zfs", SIZE)
 
 def left_over(root: Path) -> list[str]:
     """What of the backings below ``root`` is still there: mounts, daemons, pools, loop devices."""
-    found = [str(m.target) for m in mounts.table() if m.target.is_relative_to(root)]
+    found = [str(m.target) for m in mount_table.read() if m.target.is_relative_to(root)]
     for folder in root.rglob("backing.json"):
         backing = Backing(folder.parent)
         if (pid := Daemon(backing.root).pid()) is not None:
@@ -71,7 +71,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     root = tmp_path / "a root, with: odd\\name"
     yield root
     left = left_over(tmp_path)
-    for point in reversed(mounts.table()):
+    for point in reversed(mount_table.read()):
         if point.target.is_relative_to(tmp_path):
             mounts.unmount(point.target, lazy=True)
     assert left == []
@@ -110,7 +110,7 @@ def test_life_of_a_backing(root: Path) -> None:
     assert left_over(root) == []
     made.up()
     made.up()
-    point = [m for m in mounts.table() if m.target == Path(os.path.realpath(made.path))][-1]
+    point = [m for m in mount_table.read() if m.target == Path(os.path.realpath(made.path))][-1]
     assert (point.type in zfs_tools.TYPES, point.source) == (True, made.facts["pool"])
     assert made.path.stat().st_mode & 0o777 == 0o700
     (made.path / "file").write_text("kept")
@@ -379,7 +379,7 @@ def test_more_volumes_than_zfs_fuse_can_mount(bench: Workbench, monkeypatch: pyt
                 (tree / volume).write_bytes(b"x")
         assert os.listdir(held) == [volumes[0]]
     top = bench.driver.root
-    assert len([m for m in mounts.table() if m.target.parent == top]) <= 9
+    assert len([m for m in mount_table.read() if m.target.parent == top]) <= 9
     for volume in volumes:
         assert list(bench.tree(volume)) == [".", volume]
 
@@ -558,7 +558,7 @@ def test_a_process_killed_at_random_leaves_nothing(driver: ZfsDriver) -> None:
             again.remove(volume)
         assert list(again.volumes()) == ["base"]
         assert contents(again, "base") == expected
-        assert [m for m in mounts.table() if m.target.parent == driver.root and m.target.name != "base"] == []
+        assert [m for m in mount_table.read() if m.target.parent == driver.root and m.target.name != "base"] == []
 
 
 def test_a_mount_namespace_of_its_own_is_told(root: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerfs import filesystems, mounts
+from layerfs import filesystems, mount_table, mounts
 from layerfs.backings import places
 from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_pool_settings
 from layerfs.driver import Mount
@@ -120,9 +120,8 @@ class FileSystem(Kind):
     def _is_ours(self, device: str) -> bool:
         return filesystems.signature(device).get("UUID") == self.uuid
 
-    def _mount_point(self) -> mounts.MountPoint | None:
-        target = Path(os.path.realpath(self.path))
-        return next((m for m in reversed(mounts.table()) if m.target == target), None)
+    def _mount_point(self) -> mount_table.MountPoint | None:
+        return next(reversed(mount_table.at(self.path)), None)
 
     def _mkfs(self, place: str) -> None:
         """Format a device or image, with the richest set of features that this kernel can mount."""
@@ -180,10 +179,10 @@ def _mountable(filesystem: str, place: str) -> bool:
     return True
 
 
-def _users(point: mounts.MountPoint) -> Iterator[str]:
+def _users(point: mount_table.MountPoint) -> Iterator[str]:
     """The mounts that stand on the backing: binds and snapshots of it, and overlays over its directories."""
     below = f"{point.target}/"
-    for mount in mounts.table():
+    for mount in mount_table.read():
         dirs = (part for option in mount.super_options for part in option.partition("=")[2].split(":"))
         same = mount.device == point.device and mount.id != point.id
         if same or (mount.type == "overlay" and any(part.startswith(below) for part in dirs)):

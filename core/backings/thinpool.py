@@ -25,7 +25,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table
 from layerfs.backings import places
 from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, total_bytes
 from layerfs.errors import Damaged, EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, refused
@@ -421,7 +421,7 @@ def missing() -> tuple[str, str] | None:
 def users_of(name: str, number: int) -> str:
     """Who has the block device open: where it is mounted, as far as can be seen here."""
     device = f"{os.major(number)}:{os.minor(number)}"
-    where = [repr(str(mount.target)) for mount in mounts.table() if mount.device == device]
+    where = [repr(str(mount.target)) for mount in mount_table.read() if mount.device == device]
     return f"{name} is mounted at {', '.join(where)}" if where else f"{name} is open (a mount that is not seen here)"
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, LayerfsError
 from layerfs.kernel import fusectl
 from layerfs.kernel import mountapi as api
@@ -148,7 +148,7 @@ class Daemon:
         return True
 
 
-def unmount(point: mounts.MountPoint) -> None:
+def unmount(point: mount_table.MountPoint) -> None:
     """Unmount a file system of zfs-fuse. Raises `FailedPrecondition` where it is in use.
 
     The daemon waits, without end and without doing anything else, for the last user of a file system that goes; one

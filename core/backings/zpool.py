@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerfs import mounts
+from layerfs import mount_table, mounts
 from layerfs.backings import places, zfs_fuse, zfs_tools
 from layerfs.backings.kind import BackingSpec, Kind, Space, free_bytes, refuse_pool_settings
 from layerfs.backings.zfs_tools import Tools, ZfsRefused
@@ -252,20 +252,19 @@ class Zpool(Kind):
         for point in reversed(self._points()):
             mounts.unmount(point.target, lazy=True)
 
-    def _datasets(self) -> Iterator[mounts.MountPoint]:
+    def _datasets(self) -> Iterator[mount_table.MountPoint]:
         """Every mount of a dataset of the pool, wherever."""
-        for point in mounts.table():
+        for point in mount_table.read():
             if point.type in zfs_tools.TYPES and point.source.replace("@", "/").split("/")[0] == self._pool:
                 yield point
 
-    def _points(self) -> list[mounts.MountPoint]:
+    def _points(self) -> list[mount_table.MountPoint]:
         """The mounts of datasets at and below `path`, in the order in which they came."""
         top = Path(os.path.realpath(self.root)) / "data"
         return [point for point in self._datasets() if point.target.is_relative_to(top)]
 
-    def _mount_point(self) -> mounts.MountPoint | None:
-        target = Path(os.path.realpath(self.root)) / "data"
-        return next((m for m in reversed(mounts.table()) if m.target == target), None)
+    def _mount_point(self) -> mount_table.MountPoint | None:
+        return next(reversed(mount_table.at(Path(os.path.realpath(self.root)) / "data")), None)
 
     def _elsewhere(self) -> str:
         reason = f"the pool in {str(self.root)!r} is up, but in another mount namespace; use it from there"

@@ -15,7 +15,7 @@ def settle(device: str, seconds: float) -> bool:
     That includes what nobody waits for, such as the last close of a file.
 
     Args:
-        device: ``major:minor`` of the file system, as `mounts.MountPoint.device` has it.
+        device: ``major:minor`` of the file system, as `mount_table.MountPoint.device` has it.
     """
     deadline = time.monotonic() + seconds
     with mounts.opened([Mount("fusectl", "fusectl")]) as top:
