@@ -2,7 +2,9 @@
 
 One thread reads and answers; what may take long, which is reading from a disk, syncing and copying up large files, is
 done by others. After an answer the next request often follows within microseconds, so the loop looks for it for a
-moment before it sleeps, as long as that has paid lately: waking up costs more than most requests do.
+moment before it sleeps, as long as that has paid lately: waking up costs more than most requests do. Where the
+processors are busy, though, it takes the time from who asks, and the kernel takes the processor from it; then it sleeps
+at once.
 
 No error ends the loop but that the mount is gone: what goes wrong in one operation is its answer.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import sys
 import time
@@ -25,6 +28,11 @@ from layerfs.kernel import fuse
 
 _SPIN: Final = 30e-6
 """Seconds to look for the next request before sleeping."""
+_SAMPLE: Final = 256
+_CROWDED: Final = 16
+"""How often the processor is taken away, in so many requests: next to never where one is idle, else in most of them."""
+_LONG: Final = 16
+"""Samples for which nothing is tried again after that."""
 _HEADER: Final = fuse.IN_HEADER.size
 
 
@@ -52,12 +60,12 @@ class Server:
         poll.register(self._workers.ready, select.POLLIN)
         look = poll.poll
         spin = _SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
-        paid = True
+        paid, crowded, served, taken = True, False, 0, _times_taken()
         while True:
             events = look(0)
             if not events:
                 began = clock()
-                while paid and not events and clock() - began < spin:
+                while paid and not crowded and not events and clock() - began < spin:
                     events = look(0)
                 events = events or look()
                 paid = clock() - began < spin
@@ -73,6 +81,11 @@ class Server:
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     raise
                 continue
+            served += 1
+            if served >= (_LONG * _SAMPLE if crowded else _SAMPLE):
+                before, taken = taken, _times_taken()
+                crowded = not crowded and taken - before > _CROWDED
+                served = 0
             _, opcode, unique, node, uid, gid, _ = unpack(buffer)
             relax()
             serve(Request(opcode, unique, node, uid, gid, view[_HEADER:length]))
@@ -170,6 +183,11 @@ class Server:
                     requests.remove(parked)
                     self._answer(unique, errno.EINTR)
                     return
+
+
+def _times_taken() -> int:
+    """How often the kernel took the processor from this thread that wanted to go on."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def complain(text: str) -> None:
