@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -124,6 +125,8 @@ def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
     sys.setswitchinterval(_SWITCH)
     with open_store(create=True, sync=sync) as store:
+        gc.collect()
+        gc.freeze()  # all that was imported stays as it is, and would be gone through for cycles again and again
         run(store, socket, requests)
 
 
