@@ -141,6 +141,7 @@ class DevicemapperDriver(SnapshotDriver):
             return
         with self._reported(f"sealing the volume {volume!r}"):
             with self._session.locked():
+                device = self._existing(volume)
                 if self._activation.is_used(device):
                     self._check_sound(device)
                     device = self._session.replaced(device)
