@@ -22,7 +22,7 @@ import pytest
 from layerfs import mounts
 from layerfs.backing import Backing, BackingSpec
 from layerfs.drivers.devicemapper import DevicemapperDriver, activation
-from layerfs.drivers.devicemapper.ledger import BLANK, Ledger
+from layerfs.drivers.devicemapper.ledger import BLANK, Ledger, State
 from layerfs.errors import (
     AlreadyExists,
     Damaged,
@@ -198,6 +198,34 @@ def test_seal_can_be_killed_anywhere(ext4: Pool) -> None:
             break
         step += 1
     assert step > 8
+
+
+@needs_thin_pools
+def test_seal_of_a_mounted_volume_can_be_killed_anywhere(ext4: Pool) -> None:
+    """Whoever has it mounted notices nothing, and the second device goes sooner or later."""
+    base = sealed_base(ext4.driver)
+    step = 0
+    while True:
+        ext4.driver.create("child", ["base"], size=20 * MIB)
+        with mounts.opened(ext4.driver.mounts("child", ["base"])) as fd:
+            Path(f"/proc/self/fd/{fd}/more").write_bytes(b"more")
+            expected = read_tree(fd)
+            went_on = killed(lambda: ext4.driver.seal("child", ["base"]), step, steps)
+            driver = ext4.reopened()
+            assert sorted(driver.volumes()) == ["base", "child"]
+            assert {device.state for device in driver._ledger.unfinished()} <= {State.REPLACED}
+            assert read_tree(fd) == expected
+            driver.seal("child", ["base"])
+            Path(f"/proc/self/fd/{fd}/later").write_bytes(b"later")
+            assert tree(driver, "child") == expected
+        check_whole(ext4, base, "child")
+        assert tree(driver, "child") == expected
+        ext4.driver.remove("child")
+        if not went_on:
+            break
+        step += 1
+    assert step > 12
+    assert ext4.check_all() == []
 
 
 @needs_thin_pools
@@ -407,9 +435,8 @@ def test_a_mounted_volume_is_not_removed_and_the_error_says_where(ext4: Pool, tm
     mounts.attach(driver.mounts("volume", ()), target)
     try:
         (target / "file").write_bytes(b"x")
-        for action in (driver.remove, lambda volume: driver.seal(volume, ())):
-            with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'.*unmount it first"):
-                action("volume")
+        with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'.*unmount it first"):
+            driver.remove("volume")
         with pytest.raises(FailedPrecondition, match=f"mounted at '{target}'"):
             ext4.backing.down()
         assert (target / "file").read_bytes() == b"x"
@@ -419,6 +446,69 @@ def test_a_mounted_volume_is_not_removed_and_the_error_says_where(ext4: Pool, tm
     driver.remove("volume")
     assert list(driver.volumes()) == []
     assert ext4.devices == []
+
+
+@needs_thin_pools
+def test_what_a_mounted_volume_holds_is_sealed(pool: Pool, base: Tree) -> None:
+    """As engines do it that commit first and unmount then."""
+    driver = pool.driver
+    driver.create("child", ["base"], size=20 * MIB)
+    with mounts.opened(driver.mounts("child", ["base"])) as fd:
+        root = Path(f"/proc/self/fd/{fd}")
+        (root / "small").write_bytes(b"changed")
+        with open(root / "open", "wb", buffering=0) as file, open(root / "deleted", "wb") as deleted:
+            file.write(bytes(MIB))
+            deleted.write(bytes(MIB))
+            (root / "deleted").unlink()
+            expected = read_tree(fd)
+            driver.seal("child", ["base"])
+            driver.seal("child", ["base"])
+            file.write(b"more")
+            (root / "later").write_bytes(b"later")
+        assert tree(driver, "child") == expected
+        assert tree(driver, "base") == base
+        assert sorted(driver.volumes()) == ["base", "child"]
+        assert pool.check_all() == []
+        assert [device.state for device in driver._ledger.unfinished()] == [State.REPLACED]
+        assert "later" in read_tree(fd)
+    driver.create("grandchild", ["child"])
+    assert not driver._ledger.unfinished()
+    write(driver, "grandchild", "much", bytes(30 * MIB))
+    child, grandchild = driver.mounts("child", (), read_only=True), driver.mounts("grandchild", ())
+    with mounts.opened(child) as old, mounts.opened(grandchild) as new:
+        found = list(driver.changes("grandchild", ["child"], old, new))
+    assert [change.path for change in found] == [b"", b"much"]
+    assert driver.usage("grandchild", ["child"]).size >= 30 * MIB
+    for volume in ("grandchild", "child"):
+        driver.remove(volume)
+    assert tree(driver, "base") == base
+    assert pool.check_all() == []
+
+
+@needs_thin_pools
+def test_a_mounted_volume_that_lost_something_is_not_sealed(pool: Pool, base: Tree) -> None:
+    """It stays the one that is mounted."""
+    driver = pool.driver
+    driver.create("ballast", ())
+    fill(driver, "ballast", "much", 80 * MIB, sync=True)
+    driver.create("child", ["base"])
+    with mounts.opened(driver.mounts("child", ["base"])) as fd:
+        fill(driver, "child", "much", 300 * MIB, sync=False)
+        driver.remove("ballast")
+        before = driver._ledger.find("child")
+        with pytest.raises((Damaged, OutOfSpace), match=r"thin pool.*full.*make it anew"):
+            driver.seal("child", ["base"])
+        after = driver._ledger.find("child")
+        assert before is not None
+        assert after is not None
+        assert (after.id, after.is_sealed) == (before.id, False)
+        assert not driver._ledger.unfinished()
+        assert "much" in os.listdir(fd)
+    with pytest.raises(Damaged, match="layerfs check --repair"):
+        driver.seal("child", ["base"])
+    driver.repair("child", ["base"])
+    driver.seal("child", ["base"])
+    assert tree(driver, "base") == base
 
 
 @needs_thin_pools
