@@ -323,6 +323,9 @@ while True:
     driver.create(name, ["base"], size=chance.choice([None, 8 << 20]))
     with mounts.opened(driver.mounts(name, ["base"])) as fd:
         Path(f"/proc/self/fd/{fd}/own").write_bytes(data)
+        if chance.random() < 0.3:
+            driver.seal(name, ["base"])
+            Path(f"/proc/self/fd/{fd}/own").write_bytes(b"later")
     if chance.random() < 0.5:
         driver.fork("f" + name, name, ["base"])
     if chance.random() < 0.7:
