@@ -35,11 +35,14 @@ def has_thin_pools() -> bool:
     return thinpool.missing() is None
 
 
+needs_thin_pools = pytest.mark.guest("uml", unless=has_thin_pools)
+"""The mark of tests of the driver devicemapper."""
+
+
 def every_driver() -> list[ParameterSet]:
     """The names of all drivers, as parameters; tests of what this kernel lacks run in a guest that has it."""
-    in_guest = pytest.mark.guest("uml", unless=has_thin_pools)
     return [
-        pytest.param(name, marks=[in_guest] if "thinpool" in registry.load(name).needs.filesystems else [])
+        pytest.param(name, marks=[needs_thin_pools] if "thinpool" in registry.load(name).needs.filesystems else [])
         for name in registry.names()
     ]
 

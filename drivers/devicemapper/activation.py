@@ -69,35 +69,33 @@ class Activation:
 
     def off(self, device: Device) -> None:
         """Make it inactive. Raises `FailedPrecondition` naming who has it open."""
-        name = self.name(device)
-        until = time.monotonic() + _PATIENCE
         while True:
             try:
-                dm.remove(name)
+                dm.remove(self.name(device))
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
-                found = dm.info(name)
-                if found is not None and (time.monotonic() > until or "mounted" in users_of(name, found.number)):
-                    raise _in_use(device, users_of(name, found.number)) from error
-                time.sleep(_PAUSE)
+                if users := self.users(device):
+                    what = f"the volume {device.volume!r}" if device.volume else "the empty volume"
+                    raise FailedPrecondition(f"the device of {what} is in use: {users}; unmount it first") from error
             else:
                 return
+
+    def users(self, device: Device) -> str:
+        """Who has it open, for people; "" where nobody has, or only for a moment."""
+        name = self.name(device)
+        until = time.monotonic() + _PATIENCE
+        while (found := dm.info(name)) is not None and found.open_count:
+            users = users_of(name, found.number)
+            if "mounted" in users or time.monotonic() > until:
+                return users
+            time.sleep(_PAUSE)
+        return ""
 
     def is_open(self, device: Device) -> bool:
         """Whether somebody has it open at this moment."""
         found = dm.info(self.name(device))
         return found is not None and found.open_count > 0
-
-    def is_used(self, device: Device) -> bool:
-        """Whether somebody has it open who is not about to let go of it."""
-        name = self.name(device)
-        until = time.monotonic() + _PATIENCE
-        while (found := dm.info(name)) is not None and found.open_count:
-            if time.monotonic() > until or "mounted" in users_of(name, found.number):
-                return True
-            time.sleep(_PAUSE)
-        return False
 
     def resize(self, device: Device, size: int) -> None:
         """Make it ``size`` bytes large, whatever it is used for."""
@@ -126,8 +124,3 @@ class Activation:
                 except OSError as error:
                     if error.errno != errno.EBUSY:
                         raise
-
-
-def _in_use(device: Device, users: str) -> FailedPrecondition:
-    what = f"the volume {device.volume!r}" if device.volume else "the empty volume"
-    return FailedPrecondition(f"the device of {what} is in use: {users}; unmount it first")

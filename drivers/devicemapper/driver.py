@@ -15,7 +15,7 @@ from layerfs.backing import Backing
 from layerfs.backings import thinpool
 from layerfs.driver import BackingNeed, Capability, Mount, Probe, Problem, Usage
 from layerfs.drivers.devicemapper import usage
-from layerfs.drivers.devicemapper.ledger import BLANK, Device, State
+from layerfs.drivers.devicemapper.ledger import Device, State
 from layerfs.drivers.devicemapper.session import PoolSession
 from layerfs.drivers.devicemapper.volumefs import KINDS
 from layerfs.drivers.devicemapper.watch import Watch
@@ -132,7 +132,9 @@ class DevicemapperDriver(SnapshotDriver):
             self._ledger.change(device, state=State.READY)
 
     def seal(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
-        """See `Driver.seal`. Of a volume that somebody else has mounted, a copy of this moment is sealed.
+        """See `Driver.seal`. Of a volume that is mounted, what it holds at this moment is sealed.
+
+        What is written to that mount afterwards is lost with it.
 
         Raises `OutOfSpace` or `Damaged` where writes to the volume had failed because the pool was full.
         """
@@ -140,19 +142,12 @@ class DevicemapperDriver(SnapshotDriver):
         if device.is_sealed:
             return
         with self._reported(f"sealing the volume {volume!r}"):
-            with self._session.locked():
-                device = self._existing(volume)
-                if self._activation.is_used(device):
-                    self._check_sound(device)
-                    device = self._session.replaced(device)
-                self._activation.on(device)
-            self._write_out(device)
-            with self._session.locked():
-                if device.size_limit is not None:
-                    self._session.limit(device, None)
-                self._activation.off(device)
-                self._ledger.change(device, sealed_at=time.time_ns(), size_limit=None)
-                self._sweep()
+            if not self._seal_mounted(volume):
+                self._write_out(device, volume)
+                with self._session.locked():
+                    self._finish(device)
+                    self._ledger.change(device, sealed_at=time.time_ns(), size_limit=None)
+                    self._sweep()
         # What is changed in a child has a later change time than anything here, however coarse the clock is.
         tick = time.clock_gettime_ns(_COARSE)
         while time.clock_gettime_ns(_COARSE) == tick:
@@ -182,8 +177,7 @@ class DevicemapperDriver(SnapshotDriver):
         return [Mount(self._filesystem.name, str(path), ("ro" if read_only else "rw", *options))]
 
     def volumes(self) -> Iterator[str]:
-        there = [device for device in self._ledger.all() if device.state is not State.REMOVING]
-        return iter([device.volume for device in there if device.volume != BLANK])
+        return iter([device.volume for device in self._ledger.all() if device.is_volume])
 
     def usage(self, volume: str, parents: Sequence[str]) -> Usage:  # noqa: ARG002
         """The blocks that the volume does not share with its parent at the same place. Inodes are not counted."""
@@ -266,28 +260,57 @@ class DevicemapperDriver(SnapshotDriver):
             raise Damaged(f"the volume {volume!r} does not exist; run `layerfs check`")
         return device
 
-    def _write_out(self, device: Device) -> None:
-        """Have all of a volume on disk, with nothing left to be done for the file system, or say why not."""
+    def _seal_mounted(self, volume: str) -> bool:
+        """Seal a snapshot in the volume's place if others have its device open; else make that active."""
+        with self._session.locked():
+            device = self._existing(volume)
+            if not self._activation.users(device):
+                self._activation.on(device)
+                return False
+            self._begin_watch()
+            with self._blamed(device, volume):
+                copy = self._session.snapshot(device.replacement, device, size_limit=device.size_limit)
+            with self._session.undone(copy):
+                self._check_sound(device, volume)  # by what it was before the snapshot
+                self._write_out(copy, volume)
+                self._finish(copy)
+            self._session.replace(device, copy, sealed_at=time.time_ns())
+            return True
+
+    def _write_out(self, device: Device, volume: str) -> None:
+        """Have all of an active device on disk, with nothing left to be done for the file system, or say why not."""
+        with self._blamed(device, volume), self._session.opened(device) as fd:
+            self._filesystem.trim(fd)
+            checked(libc.syncfs(fd))
+        self._check_sound(device, volume)
+
+    @contextmanager
+    def _blamed(self, device: Device, volume: str) -> Iterator[None]:
+        """Blame it on a full pool if a device cannot be written out and the pool was full in the device's time."""
         try:
-            with self._session.opened(device) as fd:
-                self._filesystem.trim(fd)
-                checked(libc.syncfs(fd))
+            yield
         except (OSError, LayerfsError) as error:
             if device.times_full != self._session.times_full:
                 raise OutOfSpace(
-                    f"sealing the volume {device.volume!r}: writing it out failed ({error}), because the thin pool "
+                    f"sealing the volume {volume!r}: writing it out failed ({error}), because the thin pool "
                     f"{self._session.pool.name} is or was full; make room, then `layerfs check --repair` keeps what "
                     "there is of it, or make it anew"
                 ) from error
             raise
-        self._check_sound(device)
 
-    def _check_sound(self, device: Device) -> None:
+    def _check_sound(self, device: Device, volume: str) -> None:
+        """Raise `Damaged` where writes to an active device have come to grief."""
         if fault := self._fault(device):
             raise Damaged(
-                f"sealing the volume {device.volume!r}: {fault}; make it anew, or keep what there is of it with "
+                f"sealing the volume {volume!r}: {fault}; make it anew, or keep what there is of it with "
                 "`layerfs check --repair`"
             )
+
+    def _finish(self, device: Device) -> None:
+        """Take away what a sealed volume needs no more: its limit, and the block device that can be written to."""
+        if device.size_limit is not None:
+            self._session.limit(device, None)
+        self._activation.off(device)
 
     def _fault(self, device: Device) -> str:
         """What writes to an active volume have come to grief, for people."""

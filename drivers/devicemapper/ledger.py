@@ -5,7 +5,7 @@ of the pool's last transaction is written down with it; the pool keeps the same 
 pool and a database that do not belong together are noticed.
 
 Only `State.READY` devices are volumes; one in another state is found by `Ledger.unfinished` after its process was
-killed.
+killed, or is `State.REPLACED`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class State(enum.StrEnum):
     SUSPENDED = "suspended"
     """Its writers wait until a snapshot has been taken."""
     LIMITING = "limiting"
+    REPLACED = "replaced"
+    """Its volume has another device now. It goes when nobody has it open any more."""
     REMOVING = "removing"
-    """It is no volume any more; if it is in use, it goes when it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,16 @@ class Device:
     def is_sealed(self) -> bool:
         """Whether it cannot change any more."""
         return self.sealed_at is not None
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether a volume has it, whole or half made: the blank one is none, nor is one of a name with a space."""
+        return self.volume != BLANK and " " not in self.volume
+
+    @property
+    def replacement(self) -> str:
+        """What a device is called until it replaces this one."""
+        return f"{self.id} replacing"
 
 
 class Ledger:
@@ -127,12 +138,11 @@ class Ledger:
             database.execute("UPDATE device SET state = ? WHERE id = ?", (State.REMOVING, device.id))
             self._advance(database)
 
-    def replace(self, device: Device, by: Device) -> None:
-        """Note that another device is the volume from now on, and that this one is to be deleted."""
+    def replace(self, device: Device, by: Device, **values: int | str | None) -> None:
+        """Note that a volume is on another device from now on, whose columns are set."""
         with self._connected() as database:
-            command = "UPDATE device SET volume = ?, state = ? WHERE id = ?"
-            database.execute(command, (f"{device.volume} (replaced)", State.REMOVING, device.id))
-            database.execute(command, (device.volume, State.READY, by.id))
+            _change(database, device, volume=f"{device.id} replaced", state=State.REPLACED)
+            _change(database, by, volume=device.volume, state=State.READY, **values)
             self._advance(database)
 
     def forget(self, device: Device) -> None:
@@ -143,8 +153,7 @@ class Ledger:
     def change(self, device: Device, **values: int | str | None) -> None:
         """Set columns of a device."""
         with self._connected() as database:
-            columns = ", ".join(f"{name} = ?" for name in values)
-            database.execute(f"UPDATE device SET {columns} WHERE id = ?", (*values.values(), device.id))  # noqa: S608
+            _change(database, device, **values)
 
     def fact(self, name: str) -> str | None:
         """A fact about the whole."""
@@ -215,6 +224,11 @@ class Ledger:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise OutOfSpace(f"writing {str(self._path)!r}: {error}; free some space") from error
             raise Damaged(f"the database of devices {str(self._path)!r} cannot be used: {error}") from error
+
+
+def _change(database: sqlite3.Connection, device: Device, **values: int | str | None) -> None:
+    columns = ", ".join(f"{name} = ?" for name in values)
+    database.execute(f"UPDATE device SET {columns} WHERE id = ?", (*values.values(), device.id))  # noqa: S608
 
 
 def _device(row: tuple[Any, ...]) -> Device:

@@ -86,15 +86,10 @@ class PoolSession:
                 self._protect_again(origin)
         return device
 
-    def replaced(self, device: Device) -> Device:
-        """A copy of a device as it is now, which is the volume from now on; the device goes once nobody uses it."""
-        copy = self.snapshot(f"{device.volume} (replacing)", device, size_limit=device.size_limit)
-        with self.undone(copy):
-            self.ledger.replace(device, copy)
+    def replace(self, device: Device, by: Device, *, sealed_at: int) -> None:
+        """Have a volume be on another device from now on, sealed; its own goes when nobody has it open any more."""
+        self.ledger.replace(device, by, sealed_at=sealed_at, size_limit=None)
         self._stepped()
-        found = self.ledger.find(device.volume)
-        assert found is not None
-        return found
 
     def blank(self, size: int) -> Device:
         """The empty file system that volumes without a parent are snapshots of; made when there is none yet."""
@@ -178,13 +173,16 @@ class PoolSession:
             yield fd
 
     def recover(self) -> None:
-        """Finish or undo what a killed process was doing; what cannot be done now is left for the next time."""
+        """Finish or undo what a killed process was doing, and delete what was replaced and is not open any more.
+
+        What cannot be done now is left for the next time.
+        """
         for device in self.ledger.unfinished():
             with contextlib.suppress(OSError, LayerfsError):
                 match device.state:
-                    case State.REMOVING if self.activation.is_open(device):
+                    case State.REPLACED if self.activation.is_open(device):
                         pass
-                    case State.CREATING | State.REMOVING:
+                    case State.CREATING | State.REPLACED | State.REMOVING:
                         self.delete(device)
                     case State.SUSPENDED:
                         self.activation.resume(device)
