@@ -104,6 +104,7 @@ class Lifecycle:
         """Take a layer away; without ``wait``, its data some time later, and its key is free at once."""
         if wait:
             self.wait()
+        self._session.reserve.use()
         with self._database.transaction():
             row = self._session.removable(key)
             if children := self._database.children(row.number, self._going.copy()):

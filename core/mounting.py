@@ -196,6 +196,7 @@ class Mounting:
 
     def _drop(self, user: MountRow) -> None:
         """Forget a user, after unmounting what nobody else uses. The layer's byte is held."""
+        self._session.reserve.use()
         others = [other for other in self._database.mounts(user.layer) if other.number != user.number]
         if user.target != _OWN and all(other.target != user.target for other in others):
             self._unmount_target(user)

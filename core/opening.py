@@ -13,12 +13,21 @@ from layerfs import registry
 from layerfs.backing import DIRECTORY, Backing, BackingSpec
 from layerfs.database import Database
 from layerfs.driver import Driver
-from layerfs.errors import EnvironmentUnfit, FailedPrecondition, InvalidArgument, LayerfsError, NotFound, refused
+from layerfs.errors import (
+    EnvironmentUnfit,
+    FailedPrecondition,
+    InvalidArgument,
+    LayerfsError,
+    NotFound,
+    OutOfSpace,
+    refused,
+)
 from layerfs.locks import SETUP, LockFile
 from layerfs.probing import filesystem_of, nearest
+from layerfs.reserve import Reserve
 from layerfs.session import Session
 
-_DATABASE, _LOCK = "layerfs.db", "lock"
+_DATABASE, _LOCK, _RESERVE = "layerfs.db", "lock", "reserve"
 
 _PREFERRED = ("overlay2", "btrfs", "vfs")
 """Which driver a new store gets when none is named: the first that works."""
@@ -59,7 +68,8 @@ def close_session(session: Session) -> None:
         if not any(map(session.locks.is_held, others)):
             with contextlib.suppress(FailedPrecondition):  # something of it is mounted: a later session takes it down
                 session.backing.down()
-        session.database.end_session(session.number)
+        with contextlib.suppress(OutOfSpace):  # whoever opens the store next does it
+            session.database.end_session(session.number)
         session.database.close()
     session.locks.close()
 
@@ -77,6 +87,8 @@ def _enter(root: Path, *, create: bool) -> None:
 
 
 def _open(root: Path, locks: LockFile, wanted: Wanted) -> Session:
+    reserve = Reserve(root / _RESERVE)
+    reserve.use()
     database = Database(root / _DATABASE)
     try:
         if database.fact("driver") is None:
@@ -88,7 +100,8 @@ def _open(root: Path, locks: LockFile, wanted: Wanted) -> Session:
         with database.transaction():
             number = database.begin_session(os.getpid())
             locks.hold(number)
-        return Session(root, number, locks, database, backing, driver)
+        reserve.hold()
+        return Session(root, number, locks, database, backing, driver, reserve)
     except BaseException:
         database.close()
         raise

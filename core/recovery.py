@@ -72,6 +72,7 @@ class Recovery:
             self._database.delete(row.number)
             if row.volume is not None:
                 self._database.delete_volume(row.volume)
+        self._session.reserve.hold()
 
     def seal(self, row: Row) -> None:
         """Finish a commit, whose layer is marked as one whose data may not be written out."""

@@ -14,6 +14,7 @@ from layerfs.driver import Driver
 from layerfs.errors import FailedPrecondition, NotFound, refused
 from layerfs.kernel.libc import check, libc
 from layerfs.locks import LockFile
+from layerfs.reserve import Reserve
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -33,6 +34,7 @@ class Session:
     database: Database
     backing: Backing
     driver: Driver
+    reserve: Reserve
 
     # Names
 

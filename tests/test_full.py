@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import registry
-from layerfs.backing import BackingSpec
+from layerfs import mounts, registry
+from layerfs.backing import Backing, BackingSpec
 from layerfs.errors import OutOfSpace
 from layerfs.store import Store
 
@@ -82,3 +82,25 @@ def test_a_store_filled_to_the_last_block(make_store: MakeStore, driver: str, tm
     with store.mounted("again") as root:
         assert fill(root) > written - 40 * MIB
         assert len((root / "base").read_bytes()) == 4 * MIB
+
+
+def test_layers_are_removed_from_a_full_disk_that_the_database_is_on_too(tmp_path: Path) -> None:
+    disk = Backing.create(tmp_path / "disk", BackingSpec("ext4", size=200 * MIB))
+    disk.up()
+    root = disk.path / "store"
+    try:
+        with Store(root, "vfs") as store:
+            committed(store, "base")
+            store.prepare("child", "base")
+            with mounts.opened(store.mounts("child")) as tree:  # as an engine does it
+                assert fill(Path(f"/proc/self/fd/{tree}")) > 50 * MIB
+            with pytest.raises(OutOfSpace):
+                [store.prepare(f"more{number}", "base") for number in range(1000)]
+            assert store.stat("child")
+        with Store(root) as store:
+            store.remove("child")
+            assert store.check() == []
+            store.prepare("again", "base")
+        assert (root / "reserve").stat().st_size == 8 * MIB
+    finally:
+        disk.destroy()
