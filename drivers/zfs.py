@@ -391,9 +391,7 @@ class ZfsDriver(SnapshotDriver):
             return
         if self._is_shown(volume):
             self._write_out(volume)
-            top = Path(os.path.realpath(self.root))
-            point = next(point for point in reversed(mount_table.read()) if point.target == top / volume)
-            unmount(point)
+            unmount(mount_table.at(self.root / volume)[-1])
 
     def _hide_oldest(self) -> None:
         """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""
