@@ -6,11 +6,13 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import humanize
 from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,6 +35,7 @@ from layerfs.kernel import userns
 from layerfs.sizes import format_size, parse_size
 
 PIPE_WIDTH = 200  # where no terminal tells its own
+_BETWEEN_LINES = 30.0  # seconds
 _GUEST_MEMORY, _MEMORY_OF_SIZES = 4 << 30, 6  # bytes; times the large file: daemons, and what is cached
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
@@ -265,9 +268,9 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
 
 @contextmanager
 def bar(errors: Console) -> Iterator[runner.Progress]:
-    """A bar, on a terminal."""
+    """A bar on a terminal, and elsewhere a line from time to time, so that a log shows that it goes on."""
     if not errors.is_terminal:
-        yield lambda _text, _part: None
+        yield _lines(errors)
         return
     columns = (
         BarColumn(),
@@ -278,6 +281,19 @@ def bar(errors: Console) -> Iterator[runner.Progress]:
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda text, part: bar.update(task, description=text, completed=part)
+
+
+def _lines(errors: Console) -> runner.Progress:
+    begin = last = time.monotonic()
+
+    def tell(text: str, part: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _BETWEEN_LINES:
+            last = now
+            errors.print(f"{part:4.0%} after {humanize.naturaldelta(now - begin)}: {text}", markup=False)
+
+    return tell
 
 
 def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> None:

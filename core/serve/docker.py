@@ -106,10 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer's head and body are sent at once, so that Docker wakes up once
     server: _Server
 
     def do_POST(self) -> None:
-        self._answered = False
         with self.server.working():
             url = urlsplit(self.path)
             body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
@@ -148,23 +148,25 @@ class _Handler(BaseHTTPRequestHandler):
                     raise ConnectionAbortedError(str(error)) from error
                 raise
             out.end()
-        elif name == "Put":
-            self._answer(self.server.driver.put(request, begun=lambda: self._answer({})))
         elif name in _CALLS:
             self._answer(getattr(self.server.driver, name.lower())(request))
         else:
             self._answer({"Err": f"there is no call {path!r}"}, 404)
 
     def _answer(self, document: Mapping[str, Any], status: int = 200) -> None:
-        if self._answered:  # early, and what came of it since is in the log
-            return
-        self._answered = True
         data = json.dumps({"Err": "", **document}).encode()
         self.send_response(status)
         self.send_header("Content-Type", _TYPE)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+        self.wfile.flush()
+
+    def handle_expect_100(self) -> bool:
+        """Tell a client that waits for it to send its body."""
+        goes_on = super().handle_expect_100()
+        self.wfile.flush()
+        return goes_on
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
         """Requests are logged with what they are about, see `Requests`."""
@@ -260,6 +262,7 @@ class _Chunked(io.RawIOBase):
         """Send what is left, and the end."""
         self._send()
         self._handler.wfile.write(b"0\r\n\r\n")
+        self._handler.wfile.flush()
 
     def _send(self) -> None:
         if not self.begun:
