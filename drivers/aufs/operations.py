@@ -23,9 +23,10 @@ from collections.abc import Callable
 from typing import Final
 
 from layerfs.drivers.aufs.copyup import CopyUp
+from layerfs.drivers.aufs.passthrough import SPECIAL_BITS, Passthrough
 from layerfs.drivers.aufs.tree import Dir, Node, Tree
 from layerfs.drivers.aufs.union import Caller, Union
-from layerfs.kernel import capabilities, fuse
+from layerfs.kernel import fuse
 from layerfs.kernel.libc import check, libc
 
 WANTED: Final = (
@@ -58,7 +59,6 @@ _COPY_AT_ONCE: Final = 16 << 20
 _TIMES: Final = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_FH
 _NO_ENTRY: Final = fuse.ENTRY_OUT.pack(0, 0, _FOREVER, 0, 0, 0, *[0] * 16)
 _ATTR_VALID: Final = slice(fuse.ENTRY_ATTR_VALID, fuse.ENTRY_ATTR_VALID + 8)
-_SPECIAL_BITS: Final = stat.S_ISUID | stat.S_ISGID
 _DOTS: Final = ((1, b"."), (2, b".."))
 _PLUS: Final = fuse.ENTRY_OUT.size + fuse.DIRENT.size
 
@@ -111,13 +111,11 @@ class Operations:
 
     def __init__(self, device: int, tree: Tree, work: int | None, *, passthrough: bool) -> None:
         self._device = device
-        self._passthrough = passthrough
-        self._read_only = work is None
-        self._as_any_writer = capabilities.Without(capabilities.FSETID)
         self._tree = tree
         self._nodes = tree.nodes
         self._copyup = CopyUp(tree, work)
         self._union = Union(tree, self._copyup)
+        self._passthrough = Passthrough(device, granted=passthrough, read_only=work is None)
         self._open: dict[int, Node] = {}
         self._written: set[int] = set()
         self._block = memoryview(bytearray(fuse.MAX_WRITE))
@@ -176,7 +174,7 @@ class Operations:
         node.lookups += 1
         mode, _, _, links, uid, gid, size, atime, mtime, ctime = info
         # What the kernel writes itself changes times when it is mapped, and takes special bits away.
-        valid = 0 if node.mappable or (node.backing and mode & _SPECIAL_BITS) else _FOREVER
+        valid = 0 if node.mappable or (node.backing and mode & SPECIAL_BITS) else _FOREVER
         return fuse.ENTRY_OUT.pack(
             *(node.ino, 0, _FOREVER, valid, 0, 0, node.ino, size, info.st_blocks, atime, mtime, ctime),
             info.st_atime_ns - atime * _NS,
@@ -371,10 +369,10 @@ class Operations:
     def _opened(self, node: Node, fd: int, flags: int) -> bytes:
         known = bool(node.lookups)
         try:
-            passed = self._pass_through(node, fd, flags)
+            passed = self._passthrough.begin(node, fd, flags)
         except BaseException:
             os.close(fd)
-            self._unused(node)
+            self._passthrough.end(node)
             self._tree.discard_unknown(node)
             raise
         others = bool(node.fds)
@@ -390,37 +388,8 @@ class Operations:
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             self._written.add(fd)
         # What is cached of a file in the upper may be from before the kernel wrote that itself.
-        keep = node.lower or others or not self._passthrough
+        keep = node.lower or others or not self._passthrough.granted
         return fuse.OPEN_OUT.pack(fd, fuse.FOPEN_KEEP_CACHE if keep else 0, 0)
-
-    def _pass_through(self, node: Node, fd: int, flags: int) -> bool:
-        """Whether the kernel is to read and write a file itself that is being opened, as it is told then.
-
-        All who have a file open have to agree, and on one real file. So what lies in a lower branch and may yet be
-        copied up is read through the kernel's cache: who reads it is to see what others write then.
-        Writing takes set-user-ID and set-group-ID bits from a file where who writes has no CAP_FSETID. The kernel
-        writes with our credentials, and as if without CAP_FSETID; a file that has such bits it does not write itself.
-        """
-        if not self._passthrough:
-            return False
-        if not node.backing:
-            suits = self._read_only if node.lower else not os.fstat(fd).st_mode & _SPECIAL_BITS
-            if node.fds or not suits:
-                return False
-            try:
-                with self._as_any_writer:
-                    node.backing = fuse.backing_open(self._device, fd)
-            except OSError:  # a directory of the branch may be on another file system
-                return False
-        if flags & os.O_DIRECT:  # which not every file system can
-            os.close(os.open(b"/proc/self/fd/%d" % fd, flags & (os.O_ACCMODE | os.O_DIRECT) | os.O_CLOEXEC))
-        return True
-
-    def _unused(self, node: Node) -> None:
-        """Have the kernel drop the real file of a node when nobody has it open any more."""
-        if node.backing and not node.fds:
-            fuse.backing_close(self._device, node.backing)
-            node.backing = 0
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _ = fuse.CREATE_IN.unpack_from(request.data)
@@ -449,7 +418,7 @@ class Operations:
         node.fds.remove(fd)
         self._written.discard(fd)
         os.close(fd)
-        self._unused(node)
+        self._passthrough.end(node)
         self._tree.discard_unknown(node)
         return b""
 
