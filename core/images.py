@@ -22,6 +22,7 @@ from layerfs.database import Database, ImageRow, checked_text
 from layerfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LayerfsError, NotFound
 from layerfs.imageblobs import ImageBlobs
 from layerfs.layer import Kind, Layer
+from layerfs.reserve import Reserve
 from layerfs.sourceimage import Candidate, SourceImage
 from layerfs.unpacking import BlobLayer
 
@@ -60,9 +61,10 @@ class Image:
 class Images:
     """The images of ``store``, which reaches this object as its attribute ``images``."""
 
-    def __init__(self, store: Store, database: Database) -> None:
+    def __init__(self, store: Store, database: Database, reserve: Reserve) -> None:
         self._store = store
         self._database = database
+        self._reserve = reserve
         self._blobs = ImageBlobs(store.root)
 
     def import_(
@@ -264,6 +266,7 @@ class Images:
             row = self._database.image(name)
             if row is None:
                 raise NotFound(f"there is no image {name!r}")
+            self._reserve.use()
             self._database.delete_image(name)
             self._remove_unused(row.top_chain_id)
             self._sweep()

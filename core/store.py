@@ -75,7 +75,7 @@ class Store:
         self._unpacking = Unpacking(self._session)
         self._closed = False
         try:
-            self.images = Images(self, self._database)
+            self.images = Images(self, self._database, self._session.reserve)
             self._recovery.run()
         except BaseException:
             self.close()

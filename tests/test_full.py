@@ -17,6 +17,7 @@ from layerfs import mounts, registry
 from layerfs.backing import Backing, BackingSpec
 from layerfs.errors import OutOfSpace
 from layerfs.store import Store
+from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 
 MakeStore = Callable[..., Store]
 
@@ -89,7 +90,10 @@ def test_layers_are_removed_from_a_full_disk_that_the_database_is_on_too(tmp_pat
     disk.up()
     root = disk.path / "store"
     try:
+        made = MadeLayout(tmp_path / "layout")
+        made.add(MadeImage([tar_of({"file": b"x"})]), "made")
         with Store(root, "vfs") as store:
+            store.images.import_(made.path)
             committed(store, "base")
             store.prepare("child", "base")
             with mounts.opened(store.mounts("child")) as tree:  # as an engine does it
@@ -97,6 +101,7 @@ def test_layers_are_removed_from_a_full_disk_that_the_database_is_on_too(tmp_pat
             with pytest.raises(OutOfSpace):
                 [store.prepare(f"more{number}", "base") for number in range(1000)]
             assert store.stat("child")
+            store.images.remove("made")
         with Store(root) as store:
             store.remove("child")
             assert store.check() == []
