@@ -52,7 +52,7 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 @click.option("--calibrate", is_flag=True, help="Measure each driver twice: the noise of this machine.")
 @click.option("--native/--no-native", default=True, help="Measure the bare directory in the same blocks [default: on].")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the order and of all data [default: a new one].")
-@click.option("--backing", metavar="FS", help="File system for the drivers' data: dir, ext4, xfs or btrfs.")
+@click.option("--backing", metavar="FS", help="For the drivers' data: dir, btrfs, ext4, xfs, xfs-noreflink, tmpfs.")
 @click.option("--memory", help="Cap on memory and page cache, such as 512M.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory for the scratch stores [default: TMPDIR].")
 @click.option(
@@ -95,7 +95,8 @@ def bench(
       guest    what tells most of that, to a wider interval: guest kernels are slow
       full     every workload with every size and parameter; when it was stopped, the same command goes on
 
-    Below 1M, a sample takes many files of the size, and its figures are those of one.
+    Below 1M, a sample takes many files of the size, and its figures are those of one. To measure on a device, mount
+    it and give the directory as --scratch; btrfs, zfs and devicemapper work on sparse files there.
 
     \b
     Examples:

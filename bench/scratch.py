@@ -21,11 +21,14 @@ from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE, NativeTarget
 from layerfs.bench.target import Target
+from layerfs.driver import Mount
 from layerfs.errors import FailedPrecondition, NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
 from layerfs.walk import disk_usage
 
+TMPFS = "tmpfs"
+"""The kind of backing that is memory."""
 _PREFIX = "layerfs-bench-"
 
 
@@ -68,23 +71,26 @@ class Scratch:
         """A new store, on a backing of ``filesystem`` (None: what the driver takes) of ``size``.
 
         Driver, options and a backing of its own are in the ``name`` (`layerfs.bench.target_name`). A driver that works
-        on no plain file system keeps its own kind of backing, whatever ``filesystem`` is for the others.
+        on no plain file system keeps its own kind of backing, whatever ``filesystem`` is for the others. What is in
+        memory, `TMPFS`, is no backing that a store could keep: then the whole store is there.
         """
         driver, own, options = target_name.parse(name)
+        place, kind = self.root / name.replace(" ", "-"), own or filesystem
+        if driver != NATIVE and own is None and not _stands_on(driver, kind):
+            kind = None
+        if kind == TMPFS:
+            place.mkdir()
+            mounts.attach([Mount(TMPFS, "layerfs", (f"size={size}", "mode=0700"))], place)
+            kind = DIRECTORY
         if driver == NATIVE:
-            return self._native(name, own or filesystem, size)
-        if own is None and not _stands_on(driver, filesystem):
-            filesystem = None
-        backing = None
-        if kind := own or filesystem:
-            backing = BackingSpec(kind, size=None if kind == DIRECTORY else size)
-        store = Store(self.root / name.replace(" ", "-"), driver, options=options, backing=backing)
+            return self._native(name, place, kind, size)
+        backing = BackingSpec(kind, size=None if kind == DIRECTORY else size) if kind else None
+        store = Store(place, driver, options=options, backing=backing)
         self._leaving.callback(store.close)
         self._leaving.callback(_empty, store)
         return self._kinds.get(name, StoreTarget)(name, store, self._interrupts)
 
-    def _native(self, name: str, filesystem: str | None, size: int) -> NativeTarget:
-        place = self.root / name.replace(" ", "-")
+    def _native(self, name: str, place: Path, filesystem: str | None, size: int) -> NativeTarget:
         if filesystem in (None, DIRECTORY):
             return NativeTarget(name, place)
         backing = Backing.create(place, BackingSpec(filesystem, size=size))

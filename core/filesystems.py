@@ -20,6 +20,7 @@ class Kind:
     """How one file system is made, mounted and grown.
 
     Attributes:
+        type: its name for mount(2).
         mkfs: the command without the device; ``{uuid}`` stands for the new file system's UUID.
         features: further arguments of it, the first that this kernel can mount wins.
         options: mount options, the first that the kernel takes win.
@@ -27,6 +28,7 @@ class Kind:
         grow_down: those that grow it while it is not mounted, where there are such.
     """
 
+    type: str
     package: str
     smallest: int
     mkfs: tuple[str, ...]
@@ -36,14 +38,27 @@ class Kind:
     grow_down: tuple[tuple[str, ...], ...] = ()
 
 
+def _xfs(sharing: str) -> Kind:
+    return Kind(
+        type="xfs",
+        package="xfsprogs",
+        smallest=320 * _MIB,
+        mkfs=("mkfs.xfs", "-q", "-f", "-L", "layerfs", "-s", "size=4096", "-m", f"{sharing},uuid={{uuid}}"),
+        options=(("discard", "prjquota"), ("discard",)),
+        grow=("xfs_growfs", "{path}"),
+    )
+
+
 KINDS = {
     "btrfs": Kind(
+        type="btrfs",
         package="btrfs-progs",
         smallest=128 * _MIB,
         mkfs=("mkfs.btrfs", "-q", "-f", "-L", "layerfs", "-U", "{uuid}"),
         options=(("discard=async",), ()),
     ),
     "ext4": Kind(
+        type="ext4",
         package="e2fsprogs",
         smallest=16 * _MIB,
         mkfs=("mkfs.ext4", "-q", "-F", "-L", "layerfs", "-U", "{uuid}"),
@@ -55,24 +70,19 @@ KINDS = {
         grow=("resize2fs", "{device}"),  # the kernel wants CAP_SYS_RESOURCE for this one
         grow_down=(("e2fsck", "-f", "-p", "{device}"), ("resize2fs", "{device}")),
     ),
-    "xfs": Kind(
-        package="xfsprogs",
-        smallest=320 * _MIB,
-        mkfs=("mkfs.xfs", "-q", "-f", "-L", "layerfs", "-s", "size=4096", "-m", "reflink=1,uuid={uuid}"),
-        options=(("discard", "prjquota"), ("discard",)),
-        grow=("xfs_growfs", "{path}"),
-    ),
+    "xfs": _xfs("reflink=1"),
+    "xfs-noreflink": _xfs("reflink=0"),
 }
 
 
 def mount(filesystem: str, device: str, path: Path) -> None:
     """Mount a device with the best options that the kernel takes. Raises what `mounts.attach` raises."""
-    variants = KINDS[filesystem].options
-    for options in variants:
+    kind = KINDS[filesystem]
+    for options in kind.options:
         try:
-            mounts.attach([Mount(filesystem, device, ("rw", *options))], path)
+            mounts.attach([Mount(kind.type, device, ("rw", *options))], path)
         except KernelRefused as error:
-            if error.errno != errno.EINVAL or options == variants[-1]:
+            if error.errno != errno.EINVAL or options == kind.options[-1]:
                 raise
         else:
             return

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loop devices and moun
 
 MIB = 1 << 20
 SIZE = 400 * MIB
-MADE = ["btrfs", "ext4", "xfs"]
+MADE = ["btrfs", "ext4", "xfs", "xfs-noreflink"]
 
 
 @pytest.fixture

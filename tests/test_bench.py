@@ -158,14 +158,18 @@ def test_the_run_file_goes_to_results_where_there_is_one(scratch: Path, tmp_path
     assert file.name.endswith("-vfs-1M.json")
 
 
-def test_the_backing_can_be_chosen(scratch: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "filesystem", "disk"),
+    [("ext4", "ext4", "loop"), ("xfs-noreflink", "xfs", "loop"), ("tmpfs", "tmpfs", "")],
+)
+def test_the_backing_can_be_chosen(scratch: Path, tmp_path: Path, given: str, filesystem: str, disk: str) -> None:
     file = tmp_path / "run.json"
     arguments = ("--size", "2M", "--rounds", "1", "--workload", "seqwrite-new", "--output", str(file))
-    done = _bench(scratch, "--driver", "overlay2", "--backing", "ext4", *arguments)
+    done = _bench(scratch, "--driver", "overlay2", "--backing", given, *arguments)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(file.read_text())["layerfs"]["fingerprint"]["targets"]["overlay2"]
-    assert facts["backing"]["filesystem"] == "ext4"
-    assert facts["backing"]["disk"].startswith("loop")
+    for facts in json.loads(file.read_text())["layerfs"]["fingerprint"]["targets"].values():
+        assert facts["backing"]["filesystem"] == filesystem
+        assert str(facts["backing"].get("disk", "")).startswith(disk)
 
 
 def test_small_files_are_many_in_a_sample_and_the_figures_are_those_of_one(scratch: Path, tmp_path: Path) -> None:

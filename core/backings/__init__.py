@@ -16,6 +16,7 @@ KINDS = {
     "ext4": "layerfs.backings.filesystem:FileSystem",
     "thinpool": "layerfs.backings.thinpool:ThinPool",
     "xfs": "layerfs.backings.filesystem:FileSystem",
+    "xfs-noreflink": "layerfs.backings.filesystem:FileSystem",
     "zfs": "layerfs.backings.zpool:Zpool",
 }
 """Where the class is; a module is imported only when a backing of its kind is used."""

@@ -25,7 +25,7 @@ _SETTLING = 2.0  # seconds
 
 
 class FileSystem(Kind):
-    """``btrfs``, ``ext4`` or ``xfs``."""
+    """One of `layerfs.filesystems.KINDS`."""
 
     files = ("backing.img", "backing.img.new")
 
@@ -128,7 +128,7 @@ class FileSystem(Kind):
         command = [part.format(uuid=self.uuid) for part in self._how.mkfs]
         for features in self._how.features:
             run([*command, *features, place], self._how.package)
-            if features == self._how.features[-1] or _mountable(self.spec.filesystem, place):
+            if features == self._how.features[-1] or _mountable(self._how, place):
                 return
 
     def _grow_mounted(self) -> None:
@@ -161,12 +161,12 @@ class FileSystem(Kind):
         return bool(self._how.grow_down)
 
 
-def _mountable(filesystem: str, place: str) -> bool:
+def _mountable(how: filesystems.Kind, place: str) -> bool:
     image = None if stat.S_ISBLK(os.stat(place).st_mode) else Path(place)
     try:
         with (
             places.block_device(image, place) as device,
-            mounts.opened([Mount(filesystem, device, filesystems.KINDS[filesystem].options[0])]),
+            mounts.opened([Mount(how.type, device, how.options[0])]),
         ):
             pass
     except KernelRefused as error:

@@ -30,7 +30,8 @@ class BackingSpec:
 
     Attributes:
         filesystem: the kind, one of `layerfs.backing.FILESYSTEMS`: ``dir``, or what is made: ``btrfs``, ``ext4`` (with
-            project quota where the kernel has it), ``xfs``, ``zfs`` (a pool, see `layerfs.backings.zpool`).
+            project quota where the kernel has it), ``xfs``, ``xfs-noreflink`` (whose files share no blocks), ``zfs`` (a
+            pool, see `layerfs.backings.zpool`).
         size: bytes of the sparse file; None is 80 % of what is free, at most 1 TiB. Not for ``dir`` or a device.
         device: a block device to use instead of a sparse file.
         metadata_size: bytes of a second sparse file, for kinds that keep metadata apart; None lets the kind choose.

@@ -71,7 +71,7 @@ def drivers(as_json: bool) -> None:
 @click.option(
     "--backing",
     metavar="FS[:SIZE[:MOST]]",
-    help="Keep the data on a file system or pool of its own: dir, btrfs, ext4, xfs, thinpool, zfs. "
+    help="Keep the data on a file system or pool of its own: dir, btrfs, ext4, xfs, xfs-noreflink, thinpool, zfs. "
     "A thin pool grows by itself, to MOST if that is given.",
 )
 @click.option("--device", metavar="DEVICE", help="Make that file system on this device, not on a sparse file.")
