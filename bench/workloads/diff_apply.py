@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from layerfs.bench.caches import write_back
-from layerfs.bench.content import small_files, write_tar
+from layerfs.bench.content import Base, small_files, tree, write_tar
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 
 @dataclass(frozen=True)
 class DiffApply(Workload):
-    """A tar is applied to an empty layer; the same files, written by hand into another, are made a diff of."""
+    """A tar is applied to an empty layer; the same files, written by hand into another, are made a diff of.
+
+    And a diff is made of a layer that changes a few of its parent's files: what it costs to find them, and whether it
+    holds no others.
+    """
 
     name = "diff-apply"
-    summary = "apply a layer tar of a thousand files; make the diff of as many files just written"
+    summary = "apply a layer tar of a thousand files; make the diff of as many just written, and of a few changed ones"
     too_small = "its thousand files have this size together"
     mounted = False
     about_layers = True
 
     files: int = 1000
     most: int = 64 << 20
+    parent_files: int = 500
+    parent_size: int = 8 << 20
+    changed: int = 10
+
+    @property
+    def base(self) -> Base:
+        return small_files(self.parent_files, self.parent_size, self.seed)
 
     @property
     def amount(self) -> int:
@@ -30,27 +42,51 @@ class DiffApply(Workload):
 
     @property
     def writes(self) -> int:
-        return 3 * self.amount
+        return 3 * self.amount + 2 * self.parent_size
 
     def prepare(self, shared: Path) -> None:
         write_tar(self._tar(shared), self.files, self.amount, self.seed)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        return [self._apply(layer), self._diff(layer)]
+        return [self._apply(layer), self._diff(layer), self._small_diff(layer)]
+
+    def counters(self, layer: Layer) -> dict[str, int]:
+        return self._counted.pop(layer.key)
 
     def _apply(self, layer: Layer) -> Timing:
-        with open(self._tar(layer.shared), "rb") as tar:
+        with layer.target.fresh(None, layer.shared, mounted=False) as empty, open(self._tar(layer.shared), "rb") as tar:
             clock = Stopwatch()
-            size = layer.target.apply(layer.key, tar)
-            return clock.lap("apply", bytes=size)
+            size = empty.target.apply(empty.key, tar)
+            timing = clock.lap("apply", bytes=size)
+            self._counted[layer.key] = {"bytes applied": empty.grown}
+            return timing
 
     def _diff(self, layer: Layer) -> Timing:
-        with layer.target.fresh(None, layer.shared) as written, open("/dev/null", "wb") as sink:
+        with layer.target.fresh(None, layer.shared) as written:
             small_files(self.files, self.amount, self.seed).fill(written.path)
             write_back(written.path)
-            clock = Stopwatch()
-            size = written.target.diff(written.key, sink)
-            return clock.lap("diff", bytes=size)
+            return _diff_of(written, "diff")
+
+    def _small_diff(self, layer: Layer) -> Timing:
+        root = layer.target.mount(layer.key)
+        names = [name for name, _ in tree(self.parent_files, self.parent_size, self.seed)]
+        for name in names[:: len(names) // self.changed]:
+            with open(root / name, "ab") as file:
+                file.write(b"changed")
+        write_back(root)
+        layer.target.unmount(layer.key)
+        timing = _diff_of(layer, "small diff")
+        self._counted[layer.key]["bytes of the small diff"] = timing.bytes
+        return timing
 
     def _tar(self, shared: Path) -> Path:
         return shared / f"diff-apply-{self.files}-{self.amount}-{self.seed}.tar"
+
+    _counted: ClassVar[dict[str, dict[str, int]]] = {}
+
+
+def _diff_of(layer: Layer, step: str) -> Timing:
+    with open("/dev/null", "wb") as sink:
+        clock = Stopwatch()
+        size = layer.target.diff(layer.key, sink)
+        return clock.lap(step, bytes=size)
