@@ -68,7 +68,7 @@ def test_life_of_a_backing(root: Path, filesystem: str) -> None:
     made.up()
     made.up()
     (point,) = [m for m in mount_table.read() if m.target == made.path]
-    assert point.type == filesystem
+    assert point.type == filesystems.KINDS[filesystem].type
     assert made.path.stat().st_mode & 0o777 == 0o700
     (made.path / "file").write_text("kept")
     assert SIZE // 2 < made.space().total <= SIZE
@@ -215,7 +215,7 @@ def test_on_a_device(root: Path, device: str, filesystem: str) -> None:
     with pytest.raises(FailedPrecondition, match="in use"):
         Backing.create(root.parent / "other", BackingSpec("ext4", device=device), force=True)
     made.down()
-    with pytest.raises(FailedPrecondition, match=f"{filesystem}.*force"):
+    with pytest.raises(FailedPrecondition, match=f"{filesystems.KINDS[filesystem].type}.*force"):
         Backing.create(root.parent / "other", BackingSpec("ext4", device=device))
     Backing.create(root, BackingSpec(filesystem, device=device)).up()
     assert (made.path / "file").read_text() == "kept"
