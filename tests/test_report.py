@@ -435,6 +435,9 @@ def test_the_command_writes_each_form(run_file: Path, tmp_path: Path) -> None:
     assert "| overlay2 |" in out["r.md"].read_text()
     assert out["r.csv"].read_text().startswith("machine,workload,step")
     assert {"claims.svg", "heat.svg", "copy-up.svg", "copied.svg"} == {file.name for file in out["pictures"].iterdir()}
+    before = out["r.html"].read_text()
+    assert _run(verdicts, run_file, "-o", out["r.html"]).returncode == 0, "as results/*.json gives them"
+    assert out["r.html"].read_text() == before
 
 
 def test_without_a_file_to_write_it_prints_a_table(run_file: Path) -> None:

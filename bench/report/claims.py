@@ -43,6 +43,12 @@ def read(file: Path) -> list[Claim]:
     return parse(recorded.document(file), str(file))
 
 
+def is_one(file: Path) -> bool:
+    """Whether a file holds verdicts. Raises `InvalidArgument` where it is no JSON."""
+    document = recorded.document(file)
+    return isinstance(document, dict) and "layerfs_claims" in document
+
+
 def parse(document: Any, name: str) -> list[Claim]:
     """The same from the document itself."""
     try:

@@ -25,7 +25,7 @@ _found = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--markdown", type=_file, help="Write Markdown there.")
 @click.option("--csv", "csv_file", type=_file, help="Write a row for each figure there.")
 @click.option("--svg", "pictures", type=_file, metavar="DIR", help="Write each picture as a file of its own there.")
-@click.option("--claims", "verdicts", type=_found, help="Verdicts of `layerfs claims`, for the scoreboard.")
+@click.option("--claims", "verdicts", type=_found, help="Verdicts of `layerfs claims`, if not among the RUNS.")
 def report(
     runs: tuple[Path, ...],
     output: Path | None,
@@ -37,7 +37,8 @@ def report(
     """Show what run files hold: as tables here, or as a page with pictures.
 
     Runs of one machine are put together, of each figure the newest; runs of several machines are shown apart. What the
-    runs do not hold is left out, and the report says what would measure it.
+    runs do not hold is left out, and the report says what would measure it. A file of verdicts among the runs, the last
+    if there are several, gives the scoreboard.
 
     \b
     Examples:
@@ -45,8 +46,9 @@ def report(
       layerfs report results/*.json -o report.html
       layerfs report run.json --claims verdicts.json --svg pictures
     """
-    machines = data.read(runs)
-    judged = claims.read(verdicts) if verdicts else []
+    given = [file for file in runs if claims.is_one(file)]
+    machines = data.read([file for file in runs if file not in given])
+    judged = [claim for file in ([verdicts] if verdicts else given[-1:]) for claim in claims.read(file)]
     sections = [(machine, panels.all_panels(machine)) for machine in machines]
     if output:
         _write(output, page.render(sections, judged, {n: tables.html(m) for n, m in enumerate(machines)}))
