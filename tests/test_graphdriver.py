@@ -19,7 +19,7 @@ import pytest
 
 from layerfs import mount_table, registry
 from layerfs.store import Store
-from layerfs.testing.engines import Served, layerfs
+from layerfs.testing.engines import Served, layerfs, wait_until
 from layerfs.testing.guests import every_driver
 from layerfs.testing.images import sha256, tar_of
 
@@ -131,7 +131,7 @@ def test_layers_are_written_to_until_they_are_parents(client: Client) -> None:
     client("Put", ID="base")
     assert (place / "file").exists()
     client("Put", ID="base")
-    assert not (place / "file").exists()
+    wait_until(lambda: not (place / "file").exists(), "the unmount that was answered")
     client("CreateReadWrite", ID="top", Parent="base")
     place = Path(client("Get", ID="top")["Dir"])
     (place / "file").write_text("two!")

@@ -110,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_POST(self) -> None:
+        self._answered = False
         with self.server.working():
             url = urlsplit(self.path)
             body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
@@ -148,12 +149,17 @@ class _Handler(BaseHTTPRequestHandler):
                     raise ConnectionAbortedError(str(error)) from error
                 raise
             out.end()
+        elif name == "Put":
+            self._answer(self.server.driver.put(request, begun=lambda: self._answer({})))
         elif name in _CALLS:
             self._answer(getattr(self.server.driver, name.lower())(request))
         else:
             self._answer({"Err": f"there is no call {path!r}"}, 404)
 
     def _answer(self, document: Mapping[str, Any], status: int = 200) -> None:
+        if self._answered:  # early, and what came of it since is in the log
+            return
+        self._answered = True
         data = json.dumps({"Err": "", **document}).encode()
         self.send_response(status)
         self.send_header("Content-Type", _TYPE)

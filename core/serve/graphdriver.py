@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -87,11 +87,16 @@ class GraphDriver:
                     self._store.view(name, key)
             return {"Dir": str(self._store.mount(name))}
 
-    def put(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Unmount a layer; one that is not mounted is no error."""
+    def put(self, request: Mapping[str, Any], begun: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Unmount a layer; one that is not mounted is no error.
+
+        ``begun`` is called when other calls about the layer have to wait for this one, and so nobody else need do so:
+        the kernel takes its time, and Docker does nothing about a refusal.
+        """
         key = _id(request)
         with self._locked(key), contextlib.suppress(NotFound):
             layer = self._layer(key)
+            begun()
             self._store.unmount(_shown(key) if layer.kind is Kind.COMMITTED else layer.key)
         return {}
 
