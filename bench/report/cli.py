@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from layerfs.bench import recorded
 from layerfs.bench.cli import PIPE_WIDTH
 from layerfs.bench.report import board, claims, data, page, panels, svg, tables
 from layerfs.bench.report.data import Machine
@@ -46,9 +47,10 @@ def report(
       layerfs report results/*.json -o report.html
       layerfs report run.json --claims verdicts.json --svg pictures
     """
-    given = [file for file in runs if claims.is_one(file)]
-    machines = data.read([file for file in runs if file not in given])
-    judged = [claim for file in ([verdicts] if verdicts else given[-1:]) for claim in claims.read(file)]
+    given = [(recorded.document(file), file) for file in runs]
+    machines = data.grouped(data.parse(document, file.name) for document, file in given if not claims.is_one(document))
+    boards = [(document, str(file)) for document, file in given if claims.is_one(document)]
+    judged = claims.read(verdicts) if verdicts else claims.parse(*boards[-1]) if boards else []
     sections = [(machine, panels.all_panels(machine)) for machine in machines]
     if output:
         _write(output, page.render(sections, judged, {n: tables.html(m) for n, m in enumerate(machines)}))
