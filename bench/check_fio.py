@@ -12,6 +12,7 @@ import random
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from layerfs.sizes import format_size, parse_size
 TOLERATED = 0.05
 """As a part: so far may the medians be apart."""
 _EXIT_APART = 1
+_SETTLING = 0.3
+"""Seconds between dropping the caches and the run, as layerfs waits: machines that rest longer may answer slower."""
 _BY_HAND: Mapping[str, Sequence[str]] = {
     "seqwrite-new": ("--rw=write", "--bs=1M", "--end_fsync=1"),
     "seqread-lower cold": ("--rw=read", "--bs=1M"),
@@ -134,11 +137,11 @@ def _by_hand(work: Workload, file: Path, seed: int) -> float:
     file.unlink(missing_ok=True)
     try:
         common = ["--name=hand", f"--filename={file}", f"--size={work.size}", "--ioengine=psync", "--fallocate=none"]
+        os.sync()
         if work.label != "seqwrite-new":
             _fio([*common, "--rw=write", "--bs=1M", "--end_fsync=1"])
-        os.sync()
-        if work.label in ("seqread-lower cold", "randread"):
             Path("/proc/sys/vm/drop_caches").write_text("3\n")
+            time.sleep(_SETTLING)
         part = max(work.size // 32, 4096)
         chosen = [option.format(part=part) for option in _BY_HAND[work.label]]
         answer = _fio([*common, "--invalidate=0", f"--randseed={seed + 1}", *chosen, "--output-format=json"])

@@ -38,6 +38,7 @@ PROFILES: Mapping[str, Profile] = {
         (
             *("seqwrite-new", "rewrite-upper", "seqread-lower", "randread", "randwrite"),
             *("copyup-first-write", "layer-lifecycle", "diff-apply", "cache-share"),
+            *("append-many", "tree-walk", "deep-layers"),
         ),
         0.05,
         60,

@@ -22,8 +22,8 @@ def walk(root: int) -> Iterator[tuple[bytes, int, list[os.DirEntry[str]]]]:
             with os.scandir(fd) as found:
                 entries = list(found)
             yield path, fd, entries
-        prefix = path and path + b"/"
-        todo += [prefix + os.fsencode(e.name) for e in entries if e.is_dir(follow_symlinks=False)]
+            prefix = path and path + b"/"  # while fd is open: where a directory's entries have no types, they are asked
+            todo += [prefix + os.fsencode(e.name) for e in entries if e.is_dir(follow_symlinks=False)]
 
 
 def disk_usage(root: int) -> Usage:

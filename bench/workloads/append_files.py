@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base, even_file, even_files
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
@@ -27,17 +28,26 @@ class AppendMany(Workload):
     files: int = 1000
     file_size: int = 512
     tasks: int = 1
+    state: CacheState = CacheState.WARM
 
     @property
     def base(self) -> Base:
         return even_files(self.files, self.file_size, self.seed)
 
     @property
+    def cache(self) -> CacheState:
+        return self.state
+
+    @property
+    def reads(self) -> list[str]:
+        return [even_file(number) for number in range(self.files)]
+
+    @property
     def writes(self) -> int:
         return self.files * max(4096, self.file_size)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        paths = [layer.path / even_file(number) for number in range(self.files)]
+        paths = [layer.path / name for name in self.reads]
         with ThreadPoolExecutor(self.tasks) as pool:
             clock = Stopwatch()
             for _ in pool.map(_append, paths, chunksize=1):

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench.content import Base, lower_files, lower_names
+from layerfs.bench.caches import CacheState
+from layerfs.bench.on_lower import OnLower
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
+from layerfs.bench.workload import Stopwatch, Timing, repeated
 
 
 @dataclass(frozen=True)
-class CopyupCrossover(Workload):
+class CopyupCrossover(OnLower):
     """From open(2) to fsync(2), so that a driver which copies the file pays for that, too."""
 
     name = "copyup-crossover"
@@ -25,20 +26,21 @@ class CopyupCrossover(Workload):
 
     percent: float = 1
     block: int = 4096
+    state: CacheState = CacheState.WARM
 
     @property
     def misfit(self) -> str:
         return "" if self._blocks * self.percent >= 100 else f"{self.percent:g} % of the file is less than a block"
 
     @property
-    def base(self) -> Base:
-        return lower_files(self.size, self.seed)
+    def cache(self) -> CacheState:
+        return self.state
 
     def measure(self, layer: Layer) -> list[Timing]:
         source = random.Random(self.seed)  # noqa: S311
         data = source.randbytes(self.block)
         changed = source.sample(range(self._blocks), round(self._blocks * self.percent / 100))
-        return [repeated([self._change(layer.path / name, data, changed) for name in lower_names(self.size)])]
+        return [repeated([self._change(file, data, changed) for file in self.files(layer)])]
 
     def _change(self, path: Path, data: bytes, changed: Sequence[int]) -> Timing:
         clock = Stopwatch()

@@ -7,13 +7,15 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerfs.bench.content import Base, deepened, lower_files, lower_names
+from layerfs.bench.caches import CacheState
+from layerfs.bench.content import Base, deepened
+from layerfs.bench.on_lower import OnLower
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
+from layerfs.bench.workload import Stopwatch, Timing, repeated
 
 
 @dataclass(frozen=True)
-class CopyupFirstWrite(Workload):
+class CopyupFirstWrite(OnLower):
     """Unions copy the whole file within open(2), where no I/O tester looks; so each system call has its own clock.
 
     With a ``change`` of 0 the file is opened for writing and nothing is written. Of many small files, making the layer
@@ -25,13 +27,18 @@ class CopyupFirstWrite(Workload):
 
     change: int = 4096
     depth: int = 1
+    state: CacheState = CacheState.WARM
 
     @property
     def base(self) -> Base:
-        return deepened(lower_files(self.size, self.seed), self.depth)
+        return deepened(super().base, self.depth)
+
+    @property
+    def cache(self) -> CacheState:
+        return self.state
 
     def measure(self, layer: Layer) -> list[Timing]:
-        every = [self._open(layer.path / name) for name in lower_names(self.size)]
+        every = [self._open(file) for file in self.files(layer)]
         timings = [repeated(steps) for steps in zip(*every, strict=True)]
         if layer.created is None or self.alike > 1:
             return timings

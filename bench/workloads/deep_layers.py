@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench.content import Base, deepened, even_file, even_files
@@ -15,10 +16,13 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class DeepLayers(Workload):
-    """The files lie in the lowest layer. Each is looked up once, so that no name is in the kernel's cache."""
+    """The files lie in the lowest layer. Each is looked up once, so that no name of this one is in the kernel's cache.
+
+    What lies below is cached, for another layer on the same parent has been asked for all of it.
+    """
 
     name = "deep-layers"
-    summary = "open, stat and miss files of the lowest of many layers, each name for the first time"
+    summary = "make a layer on many others; open, stat and miss files of the lowest, each name for the first time"
     sized = False
     sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 16)}
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 2, 4, 8, 16, 32, 64, 100)}
@@ -34,8 +38,13 @@ class DeepLayers(Workload):
     def writes(self) -> int:
         return 0
 
+    def set_up(self, layer: Layer) -> None:
+        with layer.target.fresh(self.base, layer.shared) as other:
+            for path in self._paths(other):
+                path.stat()
+
     def measure(self, layer: Layer) -> list[Timing]:
-        paths = [layer.path / even_file(number) for number in range(self.files)]
+        paths = self._paths(layer)
         half = self.files // 2
         clock = Stopwatch()
         for path in paths[:half]:
@@ -47,4 +56,9 @@ class DeepLayers(Workload):
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 path.with_suffix(".missing").stat()
-        return [opened, looked, clock.lap("miss", operations=self.files)]
+        missed = clock.lap("miss", operations=self.files)
+        made = [] if layer.created is None else [Timing("make the layer", layer.created)]
+        return [opened, looked, missed, *made]
+
+    def _paths(self, layer: Layer) -> list[Path]:
+        return [layer.path / even_file(number) for number in range(self.files)]

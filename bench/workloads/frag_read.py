@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from layerfs.bench import caches, fio
 from layerfs.bench.content import LOWER_FILE
-from layerfs.bench.lower_reader import LowerReader
+from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
 from layerfs.kernel.fiemap import extents

@@ -16,8 +16,8 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 class LayerLifecycle(Workload):
     """What a container's start and stop cost the storage, over a parent of 500 small files.
 
-    With ``written`` bytes written in each turn, what the store's disk holds in the end beyond what it held at the
-    beginning is counted: space that was not given back.
+    What the store's disk holds in the end beyond what it held at the beginning is counted: space that was not given
+    back, of layers into which ``written`` bytes were written.
     """
 
     name = "layer-lifecycle"
@@ -41,7 +41,7 @@ class LayerLifecycle(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, key = layer.target, self._key(layer)
-        before = target.held() if self.written else 0
+        before = target.held()
         trees: list[Path] = []
         write: dict[str, Callable[[], object]] = {"write": lambda: self._write(trees[-1])}
         steps: dict[str, Callable[[], object]] = {
@@ -57,12 +57,11 @@ class LayerLifecycle(Workload):
                 clock = Stopwatch()
                 action()
                 taken[step].append(clock.lap(step))
-        if self.written:
-            self._left[layer.key] = max(0, target.held() - before)
+        self._left[layer.key] = max(0, target.held() - before)
         return [repeated(timings) for timings in taken.values()]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes left on disk": self._left.pop(layer.key)} if self.written else {}
+        return {"bytes left on disk": self._left.pop(layer.key)}
 
     def tear_down(self, layer: Layer) -> None:
         layer.target.discard(self._key(layer))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench import fio
+from layerfs.bench import caches, fio
+from layerfs.bench.caches import CacheState
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
-from layerfs.bench.lower_reader import LowerReader
+from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -51,9 +52,12 @@ class ParallelLight(Workload):
     def measure(self, layer: Layer) -> list[Timing]:
         with ExitStack() as stack:
             made = [stack.enter_context(layer.target.fresh(self.base, layer.shared)) for _ in range(self.tasks)]
+            files = [one.path / LOWER_FILE for one in made]
+            for file in files:
+                caches.establish(CacheState.WARM, file)
             with ThreadPoolExecutor(self.tasks) as pool:
                 clock = Stopwatch()
-                firsts = list(pool.map(self._use, [one.path / LOWER_FILE for one in made], range(self.tasks)))
+                firsts = list(pool.map(self._use, files, range(self.tasks)))
                 whole = clock.lap("all tasks")
         return [whole, Timing(f"first {self.access}", sorted(firsts)[len(firsts) // 2])]
 
@@ -93,6 +97,15 @@ class ParallelHeavy(Workload):
 
     writers: int = 4
     part: int = 32
+    state: CacheState = CacheState.COLD
+
+    @property
+    def cache(self) -> CacheState:
+        return self.state
+
+    @property
+    def reads(self) -> list[str]:
+        return ["own.dat"]
 
     @property
     def misfit(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from layerfs.bench import plain
 from layerfs.bench.caches import CacheState
-from layerfs.bench.lower_reader import LowerReader
+from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
 

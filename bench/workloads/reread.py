@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerfs.bench import plain
-from layerfs.bench.lower_reader import LowerReader
+from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
 

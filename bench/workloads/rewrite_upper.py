@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench import plain
+from layerfs.bench.caches import CacheState
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 
@@ -20,6 +21,15 @@ class RewriteUpper(Workload):
 
     block: int = 1 << 20
     fsync: bool = True
+    state: CacheState = CacheState.WARM
+
+    @property
+    def cache(self) -> CacheState:
+        return self.state
+
+    @property
+    def reads(self) -> list[str]:
+        return [f"own-{number}.dat" for number in range(self.alike)]
 
     def set_up(self, layer: Layer) -> None:
         job = plain.Job("write", 1 << 20, self.size, self.seed + 1, new=True, fsync=True)
@@ -33,4 +43,4 @@ class RewriteUpper(Workload):
         return {"bytes allocated": layer.grown // self.alike}
 
     def _files(self, layer: Layer) -> list[Path]:
-        return [layer.path / f"own-{number}.dat" for number in range(self.alike)]
+        return [layer.path / name for name in self.reads]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from layerfs.bench import plain
 from layerfs.bench.caches import CacheState
-from layerfs.bench.lower_reader import LowerReader
+from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench.content import Base, even_files
+from layerfs.bench.caches import CacheState
+from layerfs.bench.content import Base, even_file, even_files
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -25,10 +26,19 @@ class TreeWalk(Workload):
 
     files: int = 2000
     tasks: int = 1
+    state: CacheState = CacheState.COLD
 
     @property
     def base(self) -> Base:
         return even_files(self.files, 512, self.seed)
+
+    @property
+    def cache(self) -> CacheState:
+        return self.state
+
+    @property
+    def reads(self) -> list[str]:
+        return [even_file(number) for number in range(self.files)]
 
     @property
     def writes(self) -> int:

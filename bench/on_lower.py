@@ -1,4 +1,4 @@
-"""What workloads have in common that read one large file of a lower layer, or many small ones."""
+"""What workloads have in common that use one large file of a lower layer, or many small ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ from layerfs.bench.workload import Workload
 
 
 @dataclass(frozen=True)
-class LowerReader(Workload):
-    """Reads `lower_names`, beginning with a cold cache, and writes nothing."""
-
-    programs = ("fio",)
+class OnLower(Workload):
+    """Uses `lower_names`."""
 
     @property
     def base(self) -> Base:
         return lower_files(self.size, self.seed)
+
+    @property
+    def reads(self) -> list[str]:
+        return lower_names(self.size)
+
+    def files(self, layer: Layer) -> list[Path]:
+        """What is to be used."""
+        return [layer.path / name for name in self.reads]
+
+
+@dataclass(frozen=True)
+class LowerReader(OnLower):
+    """Reads them, beginning with a cold cache, and writes nothing."""
+
+    programs = ("fio",)
 
     @property
     def writes(self) -> int:
@@ -28,11 +41,3 @@ class LowerReader(Workload):
     @property
     def cache(self) -> CacheState:
         return CacheState.COLD
-
-    @property
-    def reads(self) -> list[str]:
-        return lower_names(self.size)
-
-    def files(self, layer: Layer) -> list[Path]:
-        """What is to be read."""
-        return [layer.path / name for name in self.reads]
