@@ -99,6 +99,15 @@ def _more(part: float) -> type[StoreTarget]:
     return type(f"More{part:.0%}", (MoreWork,), {"part": part})
 
 
+class SpaceLeft(StoreTarget):
+    """Removing a layer leaves a block of it behind."""
+
+    def remove(self, key: str) -> None:
+        super().remove(key)
+        with tempfile.NamedTemporaryFile(dir=self._store.driver.root, delete=False) as left:
+            left.write(bytes(4096))
+
+
 @dataclass(frozen=True)
 class Fault:
     """A known slowdown, and by which findings it counts as found.
@@ -129,7 +138,8 @@ FAULTS: Mapping[str, Fault] = {
     "20 % more work": Fault(_more(0.20), _slower_path),
     "50 % more work": Fault(_more(0.50), _slower_path),
     "extra sync": Fault(ExtraSync, _slower_path),
-    "lost sharing": Fault(LostSharing, lambda _label, counter: "bytes" in counter),
+    "lost sharing": Fault(LostSharing, lambda _label, counter: "copied" in counter or "fresh" in counter),
+    "space left": Fault(SpaceLeft, lambda _label, counter: "left" in counter),
 }
 _NO_FAULT: Mapping[str, Fault] = {_UNCHANGED: Fault(StoreTarget, lambda _label, _step: True)}
 

@@ -73,6 +73,9 @@ class NativeTarget(Target):
     def held(self) -> int:
         raise NotImplementedError("the native control has no layers")
 
+    def used(self) -> int:
+        raise NotImplementedError("the native control has no layers")
+
     def apply(self, key: str, diff: BinaryIO) -> int:
         raise NotImplementedError("the native control has no layers")
 

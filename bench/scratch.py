@@ -158,6 +158,15 @@ class StoreTarget(Target):
             write_back(self._store.root)
             return _allocated(self._store.root)
 
+    def used(self) -> int:
+        root = self._store.driver.root
+        with self._interrupts.held():
+            write_back(root)
+            if os.stat(root).st_dev == os.stat(self._store.root).st_dev:  # with others on one disk
+                return _allocated(self._store.root)
+            space = os.statvfs(root)
+            return (space.f_blocks - space.f_bfree) * space.f_frsize
+
     def apply(self, key: str, diff: BinaryIO) -> int:
         with self._interrupts.held():
             return self._store.apply(key, diff).size

@@ -87,6 +87,10 @@ class Target(ABC):
         """Bytes of the disk that everything on this target holds, with what its backing has not given back."""
 
     @abstractmethod
+    def used(self) -> int:
+        """Bytes in use on the backing, by everything on this target."""
+
+    @abstractmethod
     def apply(self, key: str, diff: BinaryIO) -> int:
         """Apply a layer tar to an unmounted layer; its size in bytes."""
 

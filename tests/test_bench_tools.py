@@ -61,9 +61,10 @@ def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch
     found = {fault: keys for trial in trials for fault, keys in trial["found"].items()}
     assert set(found) == {
         *("unchanged", "5 % more work", "10 % more work", "20 % more work", "50 % more work"),
-        *("extra sync", "lost sharing"),
+        *("extra sync", "lost sharing", "space left"),
     }
-    assert any("bytes" in key for key in found["lost sharing"])
+    assert any("bytes when fresh" in key for key in found["lost sharing"])
+    assert any("bytes left in use" in key for key in found["space left"])
     with open(output, "a") as torn:
         torn.write('{"faulty": tr')
     again = _module("gate_trial", *options, f"--output={output}")

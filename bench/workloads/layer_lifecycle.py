@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench.content import Base, small_files, write_random
-from layerfs.bench.target import Layer
+from layerfs.bench.target import Layer, Target
 from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 
 
@@ -16,8 +16,8 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 class LayerLifecycle(Workload):
     """What a container's start and stop cost the storage, over a parent of 500 small files.
 
-    What the store's disk holds in the end beyond what it held at the beginning is counted: space that was not given
-    back, of layers into which ``written`` bytes were written.
+    Space that is in use in the end and was not at the beginning is counted: what removing has left. With ``written``
+    bytes written into each layer, so is what the disk holds: space that the backing has not given back.
     """
 
     name = "layer-lifecycle"
@@ -41,7 +41,7 @@ class LayerLifecycle(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, key = layer.target, self._key(layer)
-        before = target.held()
+        before = self._space(target)
         trees: list[Path] = []
         write: dict[str, Callable[[], object]] = {"write": lambda: self._write(trees[-1])}
         steps: dict[str, Callable[[], object]] = {
@@ -57,11 +57,12 @@ class LayerLifecycle(Workload):
                 clock = Stopwatch()
                 action()
                 taken[step].append(clock.lap(step))
-        self._left[layer.key] = max(0, target.held() - before)
+        after = self._space(target)
+        self._left[layer.key] = {name: max(0, after[name] - before[name]) for name in after}
         return [repeated(timings) for timings in taken.values()]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return {"bytes left on disk": self._left.pop(layer.key)}
+        return self._left.pop(layer.key)
 
     def tear_down(self, layer: Layer) -> None:
         layer.target.discard(self._key(layer))
@@ -69,7 +70,11 @@ class LayerLifecycle(Workload):
     def _write(self, root: Path) -> None:
         write_random(root / "written.dat", self.written, self.seed)
 
-    _left: ClassVar[dict[str, int]] = {}
+    def _space(self, target: Target) -> dict[str, int]:
+        used = {"bytes left in use": target.used()}
+        return {**used, "bytes left on disk": target.held()} if self.written else used
+
+    _left: ClassVar[dict[str, dict[str, int]]] = {}
 
     @staticmethod
     def _key(layer: Layer) -> str:

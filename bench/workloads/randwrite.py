@@ -22,7 +22,7 @@ class Randwrite(OnLower):
     """
 
     name = "randwrite"
-    summary = "write a thirty-second of a lower layer's file in random 4K blocks, then fsync (after any copy-up)"
+    summary = "write a thirty-second of a lower layer's file in random 4K blocks, then fsync (after any copy-up), cold"
     programs = ("fio",)
 
     block: int = 4096
