@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from layerfs.bench import recorded
 from layerfs.bench.changepoints import change_points
-from layerfs.bench.report import data
+from layerfs.bench.report import claims, data
 from layerfs.bench.report.axes import seconds, size
 from layerfs.bench.report.data import Figure, Machine, RunFile
 from layerfs.cli.common import json_option
@@ -131,7 +132,9 @@ def _runs(results: Path) -> list[RunFile]:
     runs = []
     for file in sorted(results.rglob("*.json")):
         try:
-            runs += [run for machine in data.read([file]) for run in machine.runs]
+            document = recorded.document(file)
+            if not claims.is_one(document):
+                runs.append(data.parse(document, file.name))
         except InvalidArgument as error:
             click.echo(f"Note: passed over: {one_line(str(error))}", err=True)
     return runs

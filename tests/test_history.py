@@ -117,10 +117,12 @@ def test_runs_of_another_machine_are_no_part_of_the_course(results: Path) -> Non
 
 
 def test_what_is_no_run_file_is_passed_over_and_said(results: Path) -> None:
-    (results / "verdicts.json").write_text('{"layerfs_claims": 1}')
+    (results / "verdicts.json").write_text('{"layerfs_claims": 1}')  # is known, and belongs there
+    (results / "other.json").write_text("{}")
     done = _history("--results", results)
     assert done.returncode == 0
-    assert "verdicts.json" in done.stderr
+    assert "other.json" in done.stderr
+    assert "verdicts.json" not in done.stderr
 
 
 def test_nothing_to_show_is_a_sentence(results: Path, tmp_path: Path) -> None:
