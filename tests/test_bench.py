@@ -20,7 +20,7 @@ from layerfs import mount_table, registry
 _COMMAND = [sys.executable, "-m", "layerfs.cli", "bench"]
 _STEPS = {
     "copyup-first-write": {"make the layer", "open", "first write", "fsync", "second write"},
-    "diff-apply": {"apply", "diff", "small diff"},
+    "diff-apply": {"apply", "diff", "usage", "small diff"},
     "layer-lifecycle": {"create", "mount", "unmount", "remove"},
     "randread": {"read"},
     "randwrite": {"write"},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layerfs.bench.content import Base, small_files, write_random
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,18 @@ class BuildSteps(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, parent = layer.target, self.base.key
-        clock = Stopwatch()
+        clock, commits = Stopwatch(), []
         for made in self._keys(layer):
             key = f"{made} in work"
             target.create(key, Base(parent, 0, self.base.fill))
             tree = target.mount(key)
             for number in range(self.new_files):
                 write_random(tree / f"{number}.dat", 4096, self.seed + number, durable=False)
+            part = Stopwatch()
             target.commit(key, made)
+            commits.append(part.lap("commit"))
             parent = made
-        return [clock.lap("build", operations=self.steps)]
+        return [clock.lap("build", operations=self.steps), repeated(commits)]
 
     def tear_down(self, layer: Layer) -> None:
         for key in reversed(list(self._keys(layer))):

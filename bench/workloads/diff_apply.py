@@ -14,14 +14,14 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class DiffApply(Workload):
-    """A tar is applied to an empty layer; the same files, written by hand into another, are made a diff of.
+    """A tar is applied to an empty layer; the same files, written by hand into another, are diffed, and counted.
 
     And a diff is made of a layer that changes a few of its parent's files: what it costs to find them, and whether it
     holds no others. All that is read is cached, the parent by making that diff once before.
     """
 
     name = "diff-apply"
-    summary = "apply a layer tar of a thousand files; make the diff of as many just written, and of a few changed ones"
+    summary = "apply a layer tar of a thousand files; diff and count as many just written; diff a few changed ones"
     too_small = "its thousand files have this size together"
     mounted = False
     about_layers = True
@@ -48,7 +48,7 @@ class DiffApply(Workload):
         write_tar(self._tar(shared), self.files, self.amount, self.seed)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        return [self._apply(layer), self._diff(layer), self._small_diff(layer)]
+        return [self._apply(layer), *self._diff(layer), self._small_diff(layer)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return self._counted.pop(layer.key)
@@ -62,11 +62,13 @@ class DiffApply(Workload):
             self._counted[layer.key] = {"bytes applied": empty.grown}
             return timing
 
-    def _diff(self, layer: Layer) -> Timing:
+    def _diff(self, layer: Layer) -> list[Timing]:
         with layer.target.fresh(None, layer.shared) as written:
             small_files(self.files, self.amount, self.seed).fill(written.path)
             write_back(written.path)
-            return _diff_of(written, "diff")
+            made, clock = _diff_of(written, "diff"), Stopwatch()
+            written.target.occupied(written.key)
+            return [made, clock.lap("usage")]
 
     def _small_diff(self, layer: Layer) -> Timing:
         root = layer.target.mount(layer.key)
