@@ -15,8 +15,10 @@ from pathlib import Path
 _COLD_AT_MOST = 0.02
 _WARM_AT_LEAST = 0.98
 _ATTEMPTS = 3
-_SETTLING = 0.3  # seconds in which other programs read back what was dropped of theirs
 _CHUNK = 1 << 20
+
+SETTLING = 0.3
+"""Seconds after the caches were dropped, in which other programs read back what was theirs."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -68,7 +70,7 @@ def establish(state: CacheState, *files: Path) -> Reached:
             break
     if state is CacheState.COLD:
         _cool(files)  # the look at them has brought names and inodes back
-        time.sleep(_SETTLING)
+        time.sleep(SETTLING)
     return Reached(state, how, share)
 
 

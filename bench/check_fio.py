@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerfs.bench import fio, plain, runner, statistics, workload
+from layerfs.bench.caches import SETTLING
 from layerfs.bench.cli import PIPE_WIDTH, bar
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE
@@ -38,8 +39,6 @@ from layerfs.sizes import format_size, parse_size
 TOLERATED = 0.05
 """As a part: so far may the medians be apart."""
 _EXIT_APART = 1
-_SETTLING = 0.3
-"""Seconds between dropping the caches and the run, as layerfs waits: machines that rest longer may answer slower."""
 _BY_HAND: Mapping[str, Sequence[str]] = {
     "seqwrite-new": ("--rw=write", "--bs=1M", "--end_fsync=1"),
     "seqread-lower cold": ("--rw=read", "--bs=1M"),
@@ -141,7 +140,7 @@ def _by_hand(work: Workload, file: Path, seed: int) -> float:
         if work.label != "seqwrite-new":
             _fio([*common, "--rw=write", "--bs=1M", "--end_fsync=1"])
             Path("/proc/sys/vm/drop_caches").write_text("3\n")
-            time.sleep(_SETTLING)
+            time.sleep(SETTLING)  # as layerfs waits: machines that rest longer may answer slower
         part = max(work.size // 32, 4096)
         chosen = [option.format(part=part) for option in _BY_HAND[work.label]]
         answer = _fio([*common, "--invalidate=0", f"--randseed={seed + 1}", *chosen, "--output-format=json"])

@@ -54,7 +54,7 @@ def lower_files(size: int, seed: int) -> Base:
 
 def lower_names(size: int) -> list[str]:
     """The names in the base layer of `lower_files`."""
-    return [LOWER_FILE] if alike(size) == 1 else [even_file(number) for number in range(alike(size))]
+    return [LOWER_FILE] if alike(size) == 1 else even_names(alike(size))
 
 
 def deepened(base: Base, depth: int) -> Base:
@@ -78,17 +78,17 @@ def even_files(count: int, size: int, seed: int) -> Base:
     """``count`` files of ``size`` bytes each, ``even/0000/00000.dat`` and so on, 100 to a directory."""
 
     def fill(root: Path) -> None:
-        for number in range(count):
-            path = root / even_file(number)
+        for number, name in enumerate(even_names(count)):
+            path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_random(path, size, seed + number, durable=False)
 
     return Base(f"even-{count}-{size}-{seed}", count * size, fill)
 
 
-def even_file(number: int) -> str:
-    """The name of one of `even_files`."""
-    return f"even/{number // 100:04}/{number:05}.dat"
+def even_names(count: int) -> list[str]:
+    """The names in the base layer of `even_files`."""
+    return [f"even/{number // 100:04}/{number:05}.dat" for number in range(count)]
 
 
 def write_random(path: Path, size: int, seed: int, *, durable: bool = True) -> None:

@@ -39,5 +39,5 @@ class LowerReader(OnLower):
         return 0
 
     @property
-    def cache(self) -> CacheState:
+    def state(self) -> CacheState:
         return CacheState.COLD

@@ -159,8 +159,8 @@ class Workload(ABC):
         return self.size * self.alike
 
     @property
-    def cache(self) -> CacheState:
-        """The state that `reads` shall be in when ``measure`` begins."""
+    def state(self) -> CacheState:
+        """The cache state that `reads` shall be in when ``measure`` begins; a parameter where it may be another."""
         return CacheState.ANY
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -155,11 +154,6 @@ class Machine:
         return {work: [n for n, found in names.items() if len(found) > 1] for work, names in values.items()}
 
 
-def read(files: Iterable[Path]) -> list[Machine]:
-    """Read run files. Raises `InvalidArgument` where one is none."""
-    return grouped([parse(*_document(file)) for file in files])
-
-
 def grouped(runs: Iterable[RunFile]) -> list[Machine]:
     """By machine, in the order of time."""
     machines: list[Machine] = []
@@ -191,10 +185,6 @@ def parse(document: Any, name: str) -> RunFile:
         )
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
-
-
-def _document(file: Path) -> tuple[Any, str]:
-    return recorded.document(file), file.name
 
 
 def _figure(benchmark: Any) -> Figure:

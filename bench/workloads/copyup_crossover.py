@@ -32,10 +32,6 @@ class CopyupCrossover(OnLower):
     def misfit(self) -> str:
         return "" if self._blocks * self.percent >= 100 else f"{self.percent:g} % of the file is less than a block"
 
-    @property
-    def cache(self) -> CacheState:
-        return self.state
-
     def measure(self, layer: Layer) -> list[Timing]:
         source = random.Random(self.seed)  # noqa: S311
         data = source.randbytes(self.block)

@@ -33,10 +33,6 @@ class CopyupFirstWrite(OnLower):
     def base(self) -> Base:
         return deepened(super().base, self.depth)
 
-    @property
-    def cache(self) -> CacheState:
-        return self.state
-
     def measure(self, layer: Layer) -> list[Timing]:
         every = [self._open(file) for file in self.files(layer)]
         timings = [repeated(steps) for steps in zip(*every, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench.content import Base, deepened, even_file, even_files
+from layerfs.bench.content import Base, deepened, even_files, even_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -61,4 +61,4 @@ class DeepLayers(Workload):
         return [opened, looked, missed, *made]
 
     def _paths(self, layer: Layer) -> list[Path]:
-        return [layer.path / even_file(number) for number in range(self.files)]
+        return [layer.path / name for name in even_names(self.files)]

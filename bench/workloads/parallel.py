@@ -100,10 +100,6 @@ class ParallelHeavy(Workload):
     state: CacheState = CacheState.COLD
 
     @property
-    def cache(self) -> CacheState:
-        return self.state
-
-    @property
     def reads(self) -> list[str]:
         return ["own.dat"]
 

@@ -26,10 +26,6 @@ class Randread(LowerReader):
     def misfit(self) -> str:
         return "" if self.block < self.size else "the file is one block, which has no random order"
 
-    @property
-    def cache(self) -> CacheState:
-        return self.state
-
     def measure(self, layer: Layer) -> list[Timing]:
         job = plain.Job("randread", self.block, self.size, self.seed, part=self.size // self.part)
         return [plain.run("read", self.files(layer), job)]

@@ -34,10 +34,6 @@ class Randwrite(OnLower):
     def misfit(self) -> str:
         return "" if self.block < self.size else "the file is one block, which has no random order"
 
-    @property
-    def cache(self) -> CacheState:
-        return self.state
-
     def set_up(self, layer: Layer) -> None:
         for file in self.files(layer):
             os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))

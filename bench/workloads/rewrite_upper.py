@@ -24,10 +24,6 @@ class RewriteUpper(Workload):
     state: CacheState = CacheState.WARM
 
     @property
-    def cache(self) -> CacheState:
-        return self.state
-
-    @property
     def reads(self) -> list[str]:
         return [f"own-{number}.dat" for number in range(self.alike)]
 

@@ -24,9 +24,5 @@ class SeqreadLower(LowerReader):
     block: int = 1 << 20
     state: CacheState = CacheState.COLD
 
-    @property
-    def cache(self) -> CacheState:
-        return self.state
-
     def measure(self, layer: Layer) -> list[Timing]:
         return [plain.run("read", self.files(layer), plain.Job("read", self.block, self.size, self.seed))]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, even_file, even_files
+from layerfs.bench.content import Base, even_files, even_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -33,12 +33,8 @@ class TreeWalk(Workload):
         return even_files(self.files, 512, self.seed)
 
     @property
-    def cache(self) -> CacheState:
-        return self.state
-
-    @property
     def reads(self) -> list[str]:
-        return [even_file(number) for number in range(self.files)]
+        return even_names(self.files)
 
     @property
     def writes(self) -> int:
