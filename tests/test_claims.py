@@ -170,6 +170,15 @@ def test_a_claim_can_come_out_each_way(factor: float, copied: int, verdict: Verd
     assert "opening is slower" in judged.reason
 
 
+def test_a_step_over_the_whole_is_a_share_of_each_sample_however_samples_differ() -> None:
+    text = _TEXT.replace('step = ["open", "fsync"], target = "overlay2"', 'step = "open", target = "btrfs"')
+    (claim,) = catalogue.load(text.replace("least = 1.5", "least = 0.45\nmost = 0.55")).claims
+    (share, _) = judge(claim, [_run({"btrfs": [1.0, 9.0, 3.0, 30.0, 0.1]})]).findings
+    assert share.outcome is Outcome.HOLDS
+    assert share.ratio is not None
+    assert (share.ratio.low, share.ratio.high) == pytest.approx((0.5, 0.5))
+
+
 def test_few_samples_of_a_time_cannot_tell_however_far_apart() -> None:
     (claim,) = catalogue.load(_TEXT).claims
     judged = judge(claim, [_run({"overlay2": [9.0, 9.1, 9.2], "btrfs": [1.0, 1.1, 1.2]})])
@@ -228,6 +237,11 @@ def test_a_parameter_younger_than_the_run_file_had_its_default() -> None:
     for benchmark in run.benchmarks:
         benchmark["params"]["change"] = 8192
     assert judge(claim, [run]).verdict is Verdict.UNTESTABLE, "that is another experiment"
+    (deep,) = catalogue.load(_TEXT.replace("target =", "depth = 16, target =")).claims
+    old = _run({"overlay2": _times(2.0), "btrfs": _STEADY})
+    for benchmark in old.benchmarks:
+        del benchmark["params"]["depth"]
+    assert judge(deep, [old]).verdict is Verdict.UNTESTABLE, "the default is not what was asked for"
 
 
 @pytest.mark.parametrize(

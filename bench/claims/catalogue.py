@@ -43,14 +43,17 @@ class Cell:
     figure: str
     given: Mapping[str, object]
 
+    @property
+    def defaults(self) -> dict[str, object]:
+        """The workload's parameters where nothing is given."""
+        fields = dataclasses.fields(_kind(self.workload))
+        return {field.name: field.default for field in fields if field.name not in ("seed", "swept")}
+
     def parameters(self, scale: Scale) -> dict[str, object]:
         """Every parameter of the workload, size among them. Raises `InvalidArgument` for one that it does not have."""
-        kind = _kind(self.workload)
-        fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in ("seed", "swept")}
-        found = {name: field.default for name, field in fields.items()}
-        found["size"] = scale["large"]
+        found = {**self.defaults, "size": scale["large"]}
         for name, value in self.given.items():
-            if name not in fields:
+            if name not in found:
                 raise InvalidArgument(f"the workload {self.workload!r} has no parameter {name!r}")
             found[name] = _value(value, found[name], scale)
         return found
@@ -95,6 +98,12 @@ class Test:
     @property
     def cells(self) -> list[Cell]:
         return [cell for cell in (self.of, self.over) if isinstance(cell, Cell)]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether both figures are of one measurement, so that each sample has a ratio of its own."""
+        first, *others = [(cell.workload, cell.target, cell.given) for cell in self.cells]
+        return first in others
 
     @property
     def rule(self) -> str:

@@ -65,14 +65,14 @@ class Evidence:
         return ""
 
     def _matching(self, cell: Cell) -> list[Mapping[str, Any]]:
-        wanted = cell.parameters(self.scale)
+        # A parameter that is younger than the file is taken to have had its default then.
+        wanted, usual = cell.parameters(self.scale), cell.defaults
         return [
             benchmark
             for benchmark in self.benchmarks
             if benchmark["extra_info"]["workload"] == cell.workload
             and benchmark["extra_info"]["target"] == cell.target
-            # A parameter that is younger than the file had its default then.
-            and all(benchmark["params"].get(name, value) == value for name, value in wanted.items())
+            and all(benchmark["params"].get(name, usual.get(name)) == value for name, value in wanted.items())
         ]
 
 

@@ -2,7 +2,8 @@
 
 A part of a claim holds where the whole 95 % interval of its ratio lies within the rule's bounds, and fails where the
 whole interval lies beyond one of them. Times have to pass a permutation test at that bound besides, which takes five
-samples of each side. Everything else cannot be told.
+samples of each side. A step over the whole that it belongs to is a share of each sample, with no noise between the
+two. Everything else cannot be told.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def _of_run(test: Test, run: Evidence) -> Finding:
     if len(figures) < len(test.cells):
         return Finding(test, Outcome.UNTESTABLE, _missing(test, run))
     reference = figures[1] if len(figures) == 2 else [float(number(_constant(test), run.scale))]
+    if test.is_share:
+        figures, reference = [[part / whole for part, whole in zip(*figures, strict=True)]], [1.0]
     if min(map(min, (figures[0], reference))) <= 0:
         return Finding(test, Outcome.UNCLEAR, f"{test.of.figure} was 0 on one side, which has no ratio", None, run.name)
     ratio = statistics.ratio(figures[0], reference)
