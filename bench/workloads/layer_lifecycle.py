@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from layerfs import mount_table
 from layerfs.bench.content import Base, small_files, write_random
 from layerfs.bench.target import Layer, Target
 from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
@@ -16,8 +18,9 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload, repeated
 class LayerLifecycle(Workload):
     """What a container's start and stop cost the storage, over a parent of 500 small files.
 
-    Space that is in use in the end and was not at the beginning is counted: what removing has left. With ``written``
-    bytes written into each layer, so is what the disk holds: space that the backing has not given back.
+    Counted are the mounts that a layer takes, and what is there in the end and was not at the beginning, which removing
+    has left: open files for each layer, space in use, and with ``written`` bytes written into each layer what the disk
+    holds, which the backing has not given back.
     """
 
     name = "layer-lifecycle"
@@ -41,7 +44,7 @@ class LayerLifecycle(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, key = layer.target, self._key(layer)
-        before = self._space(target)
+        before, opened = self._space(target), _open_files()
         trees: list[Path] = []
         write: dict[str, Callable[[], object]] = {"write": lambda: self._write(trees[-1])}
         steps: dict[str, Callable[[], object]] = {
@@ -51,18 +54,22 @@ class LayerLifecycle(Workload):
             "unmount": lambda: target.unmount(key),
             "remove": lambda: target.remove(key),
         }
+        mounts = 0
         taken: dict[str, list[Timing]] = {step: [] for step in steps}
         for _ in range(self.repetitions):
             for step, action in steps.items():
                 clock = Stopwatch()
                 action()
                 taken[step].append(clock.lap(step))
-        after = self._space(target)
-        self._left[layer.key] = {name: max(0, after[name] - before[name]) for name in after}
+                if step == "mount":
+                    mounts = _mounts(trees[-1])
+        left = {name: max(0, after - before[name]) for name, after in self._space(target).items()}
+        files = max(0, _open_files() - opened) // self.repetitions  # what stays open once for all is no layer's
+        self._counted[layer.key] = {"mounts of a layer": mounts, "open files left by a layer": files, **left}
         return [repeated(timings) for timings in taken.values()]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        return self._left.pop(layer.key)
+        return self._counted.pop(layer.key)
 
     def tear_down(self, layer: Layer) -> None:
         layer.target.discard(self._key(layer))
@@ -74,8 +81,17 @@ class LayerLifecycle(Workload):
         used = {"bytes left in use": target.used()}
         return {**used, "bytes left on disk": target.held()} if self.written else used
 
-    _left: ClassVar[dict[str, dict[str, int]]] = {}
+    _counted: ClassVar[dict[str, dict[str, int]]] = {}
 
     @staticmethod
     def _key(layer: Layer) -> str:
         return f"{layer.key} repeated"
+
+
+def _mounts(tree: Path) -> int:
+    """Those at ``tree``, and the ones below it."""
+    return len(mount_table.at(tree)) + len(mount_table.below(tree))
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
