@@ -39,7 +39,7 @@ class Base:
     size: int
     fill: Callable[[Path], None]
     depth: int = 1
-    """Layers that it consists of: those above the first hold one small file each."""
+    """Layers that it consists of: those above the first add a small file to each directory."""
 
 
 def lower_file(size: int, seed: int) -> Base:

@@ -27,7 +27,6 @@ _COMMON: Mapping[str, object] = {
     "thread": 1,
     "group_reporting": 1,
     "allow_mounted_write": 1,
-    "scramble_buffers": 0,  # it mixes the time into the data
 }
 
 

@@ -120,8 +120,14 @@ class StoreTarget(Target):
             below, top = top, base.key if number == base.depth else f"{base.key} {number}"
             with self._interrupts.held():
                 self._store.prepare(key, below)
-                (self._store.mount(key) / f"layer-{number}").write_text(str(number))
+                self._mark(self._store.mount(key), number)
                 self._store.commit(top, key)
+
+    @staticmethod
+    def _mark(tree: Path, number: int) -> None:
+        """A file in every directory, so that a union has to merge each of them over all layers."""
+        for directory, _, _ in os.walk(tree):
+            (Path(directory) / f"layer-{number}").write_text(str(number))
 
     def create(self, key: str, base: Base | None) -> None:
         with self._interrupts.held():

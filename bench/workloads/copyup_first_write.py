@@ -56,7 +56,7 @@ class CopyupFirstWrite(OnLower):
         timings.append(clock.lap("first write"))
         os.fsync(file)
         timings.append(clock.lap("fsync"))
-        os.pwrite(file, data, 0)
+        os.pwrite(file, data[::-1], 0)  # what compares blocks must not find it known
         os.fsync(file)
         return [*timings, clock.lap("second write")]
 

@@ -16,7 +16,8 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class DeepLayers(Workload):
-    """The files lie in the lowest layer. Each is looked up once, so that no name of this one is in the kernel's cache.
+    """The files lie in the lowest layer, in directories that all have, so that a union looks in each layer.
+    Each is looked up once, so that no name of this layer is in the kernel's cache.
 
     What lies below is cached, for another layer on the same parent has been asked for all of it.
     """
