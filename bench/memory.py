@@ -66,7 +66,9 @@ def _in_group(group: Path, settings: list[tuple[str, str]], limit: int) -> Itera
     try:
         yield
     finally:
-        (home / "cgroup.procs").write_text(str(os.getpid()))
+        for process in (group / "cgroup.procs").read_text().split():  # this one, and daemons that it has started
+            with contextlib.suppress(ProcessLookupError):
+                (home / "cgroup.procs").write_text(process)
         group.rmdir()  # its page cache goes over to the group above
 
 

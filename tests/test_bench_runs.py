@@ -144,13 +144,16 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
     """In a process of its own, for the cap is on the whole process."""
     place = Path("/var/tmp") / f"layerfs-test-cap-{os.getpid()}"
     program = (
-        "import sys; from pathlib import Path; from layerfs.bench import caches, content, memory\n"
+        "import subprocess, sys; from pathlib import Path; from layerfs.bench import caches, content, memory\n"
         "file, before = Path(sys.argv[1]), memory.limit_now()\n"
         "with memory.capped(128 << 20):\n"
         "    assert memory.limit_now() == 128 << 20, memory.limit_now()\n"
         "    content.write_random(file, 192 << 20, 1)\n"
-        "    caches._heat(file)\n"
+        "    caches._heat([file])\n"
         "    print(caches.resident(file))\n"
+        "    daemon = subprocess.Popen(['sleep', '60'])\n"
+        "assert daemon.poll() is None\n"
+        "daemon.kill()\n"
         "assert memory.limit_now() == before\n"
     )
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,13 +43,45 @@ class TreeWalk(Workload):
         return 0
 
     def measure(self, layer: Layer) -> list[Timing]:
-        with ThreadPoolExecutor(self.tasks) as pool:
+        with _walkers(self.tasks) as walk:
             timings = []
             for step in ("first walk", "second walk"):
                 clock = Stopwatch()
-                seen = sum(pool.map(_walk, [layer.path] * self.tasks))
-                timings.append(clock.lap(step, operations=seen))
+                timings.append(clock.lap(step, operations=walk(layer.path)))
             return timings
+
+
+@contextmanager
+def _walkers(tasks: int) -> Iterator[Callable[[Path], int]]:
+    """What walks a tree by so many tasks at a time and counts the files they saw.
+
+    Several are processes, since threads would wait for the interpreter's lock; all run before the first walk begins.
+    """
+    if tasks == 1:
+        yield _walk
+        return
+    context = multiprocessing.get_context("forkserver")  # not a copy of this process, with its threads and handlers
+    context.set_forkserver_preload([__name__])
+    with context.Pool(tasks, _meet_at, [context.Barrier(tasks)]) as pool:
+
+        def walk(root: Path) -> int:
+            return sum(pool.map(_walk, [root] * tasks, chunksize=1))
+
+        pool.map(_meet, range(tasks), chunksize=1)
+        yield walk
+
+
+_barrier: Barrier
+
+
+def _meet_at(barrier: Barrier) -> None:
+    global _barrier  # noqa: PLW0603 - a worker's own
+    _barrier = barrier
+
+
+def _meet(_task: int) -> None:
+    """Be in a process that takes no second task before every other has one."""
+    _barrier.wait()
 
 
 def _walk(root: Path) -> int:
