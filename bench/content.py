@@ -39,7 +39,7 @@ class Base:
     size: int
     fill: Callable[[Path], None]
     depth: int = 1
-    """Layers that it consists of: those above the first hold one small file each."""
+    """Layers that it consists of: those above the first are made by `stack_up`."""
 
 
 def lower_file(size: int, seed: int) -> Base:
@@ -60,6 +60,15 @@ def lower_names(size: int) -> list[str]:
 def deepened(base: Base, depth: int) -> Base:
     """The same below further layers, ``depth`` in all."""
     return base if depth == 1 else dataclasses.replace(base, key=f"{base.key}-depth-{depth}", depth=depth)
+
+
+def stack_up(root: Path, number: int) -> None:
+    """Write a small file of layer ``number`` into every directory, so that each is one of this layer, too.
+
+    As the layers of an image do that change one place again and again: a name is then searched for in all of them.
+    """
+    for place, _, _ in os.walk(root):
+        Path(place, f"layer-{number}").write_text(str(number))
 
 
 def small_files(count: int, size: int, seed: int) -> Base:

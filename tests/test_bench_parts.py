@@ -26,6 +26,7 @@ from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.results import Run, Sample
+from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
@@ -151,6 +152,17 @@ def test_the_tar_and_the_tree_hold_the_same_files(tmp_path: Path) -> None:
             str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.dat")
         }
     assert sum(path.stat().st_size for path in root.rglob("*.dat")) == pytest.approx(1 << 20, rel=0.01)
+
+
+def test_every_layer_of_a_deep_base_is_part_of_every_directory(on_disk: Path) -> None:
+    base = content.deepened(content.even_files(101, 512, 1), 3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("vfs", None, 1 << 20)
+        target.build(base)
+        with target.fresh(base, scratch.shared) as layer:
+            for directory in (".", "even", "even/0000", "even/0001"):
+                held = {path.name for path in (layer.path / directory).iterdir() if path.is_file()}
+                assert held >= {"layer-2", "layer-3"}, directory
 
 
 # Interrupts
