@@ -18,6 +18,7 @@ SMALLEST, SMALL = 4096, 1 << 20
 """Bytes: no file is smaller than the one, and of files below the other a sample takes many (see `alike`)."""
 _TOGETHER, _MOST_ALIKE = 4 << 20, 256
 _CHUNK = 1 << 20
+_PERIOD, _SHIFT = 1 << 20, 4
 
 
 def alike(size: int) -> int:
@@ -107,6 +108,31 @@ def write_random(path: Path, size: int, seed: int, *, durable: bool = True) -> N
         file.writelines(source.randbytes(min(_CHUNK, size - offset)) for offset in range(0, size, _CHUNK))
         if durable:
             os.fsync(file.fileno())
+
+
+class Supply:
+    """What a workload writes into one file: incompressible, each block different, made before anything is clocked.
+
+    A file system that finds equal or compressible data has nothing to find here, also not in what the bases hold or
+    what another supply gave. It is small, so that a cache has it and reading it is not part of the figure: where it
+    ends it begins anew, a few bytes further on, which makes blocks (they begin at a multiple of 4K) differ up to 1G.
+
+    Args:
+        size, block: bytes of the file, and of what is written at a time.
+        seeds: all that the data depends on.
+    """
+
+    def __init__(self, size: int, block: int, *seeds: object) -> None:
+        self._size, self._block = size, block
+        self._period = min(size, max(block, _PERIOD))
+        length = min(size, self._period + block + size // self._period * _SHIFT)
+        # Of a text, because bases and offsets are made of plain numbers.
+        self._data = memoryview(random.Random(" ".join(map(str, seeds))).randbytes(length))  # noqa: S311
+
+    def at(self, offset: int) -> memoryview:
+        """The block at ``offset``; at the file's end it is shorter."""
+        begin = offset % self._period + offset // self._period * _SHIFT
+        return self._data[begin : begin + min(self._block, self._size - offset)]
 
 
 def tree(count: int, size: int, seed: int) -> Iterator[tuple[str, bytes]]:

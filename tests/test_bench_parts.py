@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ import pytest
 from rich.console import Console
 
 from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, workload
+from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
@@ -240,11 +242,40 @@ def test_a_job_writes_what_it_was_told_and_says_so(tmp_path: Path) -> None:
     assert sum(done.latencies.values()) == 64
 
 
-def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_no_block_that_fio_writes_is_like_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fio.run(tmp_path / name, "write", 1 << 16, 1 << 20, seed=seed)
-    first, second, other = ((tmp_path / name).read_bytes() for name in "abc")
-    assert first == second != other
+    blocks = [block for name in "abc" for block in _blocks((tmp_path / name).read_bytes())]
+    assert len(set(blocks)) == len(blocks) == 3 * 256
+    assert len(zlib.compress(b"".join(blocks[:16]))) > 0.95 * 16 * 4096  # the time has zeros
+
+
+@pytest.mark.parametrize("mode", ["write", "randwrite"])
+@pytest.mark.parametrize("block", [4096, 3 * 4096, 1 << 20])
+def test_no_block_that_is_written_from_here_is_like_another(tmp_path: Path, mode: str, block: int) -> None:
+    """Neither in the file, nor in another one, nor in what is written over, nor in a base of the same seed."""
+    size, files = (2 << 20) + 4096, [tmp_path / name for name in ("a", "b")]
+    base = tmp_path / "base"
+    content.write_random(base, size, 1)
+    held = set(_blocks(base.read_bytes()))
+    for seed in (1, 2):
+        plain_io.run("write", files, plain_io.Job("write", block, size, seed, new=True))
+        for file in files:
+            before = set(_blocks(file.read_bytes()))
+            assert len(before) == size // 4096
+            assert held.isdisjoint(before)
+            assert len(zlib.compress(file.read_bytes(), 1)) > 0.99 * size
+            held |= before
+    plain_io.run("write", files, plain_io.Job(mode, block, size, 3))
+    for file in files:
+        after = set(_blocks(file.read_bytes()))
+        assert len(after) == size // 4096
+        assert len(after - held) >= size // block * block // 4096
+        held |= after
+
+
+def _blocks(data: bytes) -> list[bytes]:
+    return [data[offset : offset + 4096] for offset in range(0, len(data), 4096)]
 
 
 def test_nothing_is_allocated_ahead_and_no_file_made_where_one_is_needed(tmp_path: Path) -> None:
