@@ -31,6 +31,7 @@ from layerfs.bench.results import Run, Sample
 from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
 # Statistics
@@ -353,6 +354,20 @@ def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
         workload.chosen(["seqwrote"], [1 << 20], 0)
+
+
+def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
+    """Threads would wait for each other: then all processor time that is used is this process's."""
+    work = TreeWalk(1 << 20, 0, files=500, tasks=3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 1 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            before = time.process_time()
+            timings = [work.measure(layer) for _ in range(5)]
+            own = time.process_time() - before
+    assert all(timing.operations == 1500 for taken in timings for timing in taken)
+    assert sum(timing.processor for taken in timings for timing in taken) > own
 
 
 # The run file and the table
