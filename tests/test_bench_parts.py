@@ -31,6 +31,7 @@ from layerfs.bench.results import Run, Sample
 from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workloads.cache_share import CacheShare
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
@@ -354,6 +355,17 @@ def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
         workload.chosen(["seqwrote"], [1 << 20], 0)
+
+
+def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -> None:
+    work = CacheShare(4 << 20, 0, readers=2)
+    for kind, why in ((None, ""), ("tmpfs", ", not cold")):
+        with Scratch(on_disk, Interrupts()) as scratch:
+            target = scratch.target("native", kind, 64 << 20)
+            target.build(work.base)
+            with target.fresh(work.base, scratch.shared) as layer:
+                assert [one.step for one in work.measure(layer)] == [f"first reader{why}", f"further reader{why}"]
+                assert set(work.counters(layer)) == (set() if why else {"bytes cached"})
 
 
 def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
