@@ -315,6 +315,7 @@ def test_the_workloads_are_found_and_described() -> None:
         "append-many",
         "bs-crossover",
         "cache-share",
+        "change-tree",
         "copyup-crossover",
         "deep-layers",
         "frag-read",
