@@ -64,7 +64,7 @@ def establish(state: CacheState, *files: Path) -> Reached:
     """
     how, share = "", 1.0
     for _ in range(_ATTEMPTS):
-        how = _cool(files) if state is CacheState.COLD else _heat(files)
+        how = _cool(files) if state is CacheState.COLD else read(files)
         share = sum(map(resident, files)) / len(files)
         if Reached(state, how, share).as_asked:
             break
@@ -72,6 +72,16 @@ def establish(state: CacheState, *files: Path) -> Reached:
         _cool(files)  # the look at them has brought names and inodes back
         time.sleep(SETTLING)
     return Reached(state, how, share)
+
+
+def read(files: Sequence[Path]) -> str:
+    """Read each file once from beginning to end; the word for it in `Reached`."""
+    buffer = bytearray(_CHUNK)
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
+    return "read"
 
 
 def resident(file: Path) -> float:
@@ -140,15 +150,6 @@ def _cool(files: Sequence[Path]) -> str:
                 os.close(descriptor)
         return "fadvise"
     return "drop_caches"
-
-
-def _heat(files: Sequence[Path]) -> str:
-    buffer = bytearray(_CHUNK)
-    for file in files:
-        with open(file, "rb", buffering=0) as source:
-            while source.readinto(buffer):
-                pass
-    return "read"
 
 
 def _error() -> OSError:

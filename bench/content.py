@@ -18,6 +18,7 @@ SMALLEST, SMALL = 4096, 1 << 20
 """Bytes: no file is smaller than the one, and of files below the other a sample takes many (see `alike`)."""
 _TOGETHER, _MOST_ALIKE = 4 << 20, 256
 _CHUNK = 1 << 20
+_PERIOD, _SHIFT = 1 << 20, 4
 
 
 def alike(size: int) -> int:
@@ -39,7 +40,7 @@ class Base:
     size: int
     fill: Callable[[Path], None]
     depth: int = 1
-    """Layers that it consists of: those above the first add a small file to each directory."""
+    """Layers that it consists of: those above the first are made by `stack_up`."""
 
 
 def lower_file(size: int, seed: int) -> Base:
@@ -60,6 +61,15 @@ def lower_names(size: int) -> list[str]:
 def deepened(base: Base, depth: int) -> Base:
     """The same below further layers, ``depth`` in all."""
     return base if depth == 1 else dataclasses.replace(base, key=f"{base.key}-depth-{depth}", depth=depth)
+
+
+def stack_up(root: Path, number: int) -> None:
+    """Write a small file of layer ``number`` into every directory, so that each is one of this layer, too.
+
+    As the layers of an image do that change one place again and again: a name is then searched for in all of them.
+    """
+    for place, _, _ in os.walk(root):
+        Path(place, f"layer-{number}").write_text(str(number))
 
 
 def small_files(count: int, size: int, seed: int) -> Base:
@@ -98,6 +108,31 @@ def write_random(path: Path, size: int, seed: int, *, durable: bool = True) -> N
         file.writelines(source.randbytes(min(_CHUNK, size - offset)) for offset in range(0, size, _CHUNK))
         if durable:
             os.fsync(file.fileno())
+
+
+class Supply:
+    """What a workload writes into one file: incompressible, each block different, made before anything is clocked.
+
+    A file system that finds equal or compressible data has nothing to find here, also not in what the bases hold or
+    what another supply gave. It is small, so that a cache has it and reading it is not part of the figure: where it
+    ends it begins anew, a few bytes further on, which makes blocks (they begin at a multiple of 4K) differ up to 1G.
+
+    Args:
+        size, block: bytes of the file, and of what is written at a time.
+        seeds: all that the data depends on.
+    """
+
+    def __init__(self, size: int, block: int, *seeds: object) -> None:
+        self._size, self._block = size, block
+        self._period = min(size, max(block, _PERIOD))
+        length = min(size, self._period + block + size // self._period * _SHIFT)
+        # Of a text, because bases and offsets are made of plain numbers.
+        self._data = memoryview(random.Random(" ".join(map(str, seeds))).randbytes(length))  # noqa: S311
+
+    def at(self, offset: int) -> memoryview:
+        """The block at ``offset``; at the file's end it is shorter."""
+        begin = offset % self._period + offset // self._period * _SHIFT
+        return self._data[begin : begin + min(self._block, self._size - offset)]
 
 
 def tree(count: int, size: int, seed: int) -> Iterator[tuple[str, bytes]]:

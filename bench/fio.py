@@ -17,8 +17,9 @@ from layerfs.errors import LayerfsError, OutOfSpace
 _END_SECONDS = 10
 
 # What every job has. Space is not allocated ahead, since allocation on demand is part of what is measured; the cache
-# is left as it was brought about; one thread, no fork. Data is random, and one block is like the next: filling every
-# buffer anew would cost as much as a fast disk's write, and no file system here looks for equal blocks by itself.
+# is left as it was brought about; one thread, no fork. Data is random, and scrambled for each block, so that no file
+# system can take two for one (fio's own choice, which mixes the time into the data; it costs no measurable time, where
+# filling every buffer anew would take as long as the write into the page cache itself).
 _COMMON: Mapping[str, object] = {
     "ioengine": "psync",
     "direct": 0,
@@ -27,7 +28,7 @@ _COMMON: Mapping[str, object] = {
     "thread": 1,
     "group_reporting": 1,
     "allow_mounted_write": 1,
-    "scramble_buffers": 0,  # it mixes the time into the data
+    "scramble_buffers": 1,
 }
 
 
@@ -63,7 +64,7 @@ def run(file: Path, mode: str, block: int, size: int, *, seed: int, **options: o
     Args:
         mode: ``write``, ``read``, ``randread`` or ``randwrite``.
         block, size: bytes of one operation and of the file.
-        seed: of offsets and of the data written.
+        seed: of offsets and of the data written, of which a few bytes in each 512 depend on the time.
         options: further fio options (``end_fsync=1``); see fio(1).
 
     Raises `OutOfSpace` for a full backing, `LayerfsError` for what else fio says.

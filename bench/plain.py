@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench import fio
+from layerfs.bench.content import Supply
 from layerfs.bench.workload import Stopwatch, Timing, repeated
 
 FIO_FROM = 64 << 20
@@ -69,10 +70,13 @@ def _by_calls(step: str, file: Path, job: Job) -> Timing:
         whole = range(job.size // block)
         amount = job.size if job.part is None else job.part
         offsets = [block * number for number in source.sample(whole, min(len(whole), max(amount // block, 1)))]
-    data = memoryview(bytearray(source.randbytes(block)))
-    parts = [data[: job.size - offset] for offset in offsets]  # the last of a file may be shorter
     writes = "write" in job.mode
-    operate = os.pwritev if writes else os.preadv
+    if writes:
+        operate, data = os.pwritev, Supply(job.size, block, job.seed, file.name)
+        parts = [data.at(offset) for offset in offsets]
+    else:
+        operate, buffer = os.preadv, memoryview(bytearray(block))
+        parts = [buffer[: job.size - offset] for offset in offsets]  # the last of a file may be shorter
     flags = (os.O_WRONLY | (os.O_CREAT if job.new else 0)) if writes else os.O_RDONLY
     times: list[float] = []
     clock = Stopwatch()

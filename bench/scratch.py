@@ -16,7 +16,7 @@ from layerfs import mount_table, mounts, registry
 from layerfs.backing import DIRECTORY, Backing, BackingSpec
 from layerfs.bench import target_name
 from layerfs.bench.caches import write_back
-from layerfs.bench.content import Base
+from layerfs.bench.content import Base, stack_up
 from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE, NativeTarget
@@ -120,14 +120,8 @@ class StoreTarget(Target):
             below, top = top, base.key if number == base.depth else f"{base.key} {number}"
             with self._interrupts.held():
                 self._store.prepare(key, below)
-                self._mark(self._store.mount(key), number)
+                stack_up(self._store.mount(key), number)
                 self._store.commit(top, key)
-
-    @staticmethod
-    def _mark(tree: Path, number: int) -> None:
-        """A file in every directory, so that a union has to merge each of them over all layers."""
-        for directory, _, _ in os.walk(tree):
-            (Path(directory) / f"layer-{number}").write_text(str(number))
 
     def create(self, key: str, base: Base | None) -> None:
         with self._interrupts.held():

@@ -132,7 +132,7 @@ def test_counters_show_what_sets_the_drivers_apart(scratch: Path, tmp_path: Path
 
 
 def test_the_remaining_workloads_run(scratch: Path, tmp_path: Path) -> None:
-    works = "reread,bs-crossover,parallel-light,parallel-heavy,tree-walk"
+    works = "reread,bs-crossover,parallel-light,parallel-heavy,tree-walk,change-tree"
     arguments = ("--size", "4M", "--rounds", "1", "--workload", works, "--output", str(tmp_path / "run.json"))
     done = _bench(scratch, "--driver", "overlay2", *arguments)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,12 +23,16 @@ import pytest
 from rich.console import Console
 
 from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, workload
+from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.results import Run, Sample
+from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workloads.cache_share import CacheShare
+from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
 # Statistics
@@ -153,6 +158,17 @@ def test_the_tar_and_the_tree_hold_the_same_files(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in root.rglob("*.dat")) == pytest.approx(1 << 20, rel=0.01)
 
 
+def test_every_layer_of_a_deep_base_is_part_of_every_directory(on_disk: Path) -> None:
+    base = content.deepened(content.even_files(101, 512, 1), 3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("vfs", None, 1 << 20)
+        target.build(base)
+        with target.fresh(base, scratch.shared) as layer:
+            for directory in (".", "even", "even/0000", "even/0001"):
+                held = {path.name for path in (layer.path / directory).iterdir() if path.is_file()}
+                assert held >= {"layer-2", "layer-3"}, directory
+
+
 # Interrupts
 
 
@@ -228,11 +244,40 @@ def test_a_job_writes_what_it_was_told_and_says_so(tmp_path: Path) -> None:
     assert sum(done.latencies.values()) == 64
 
 
-def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_no_block_that_fio_writes_is_like_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fio.run(tmp_path / name, "write", 1 << 16, 1 << 20, seed=seed)
-    first, second, other = ((tmp_path / name).read_bytes() for name in "abc")
-    assert first == second != other
+    blocks = [block for name in "abc" for block in _blocks((tmp_path / name).read_bytes())]
+    assert len(set(blocks)) == len(blocks) == 3 * 256
+    assert len(zlib.compress(b"".join(blocks[:16]))) > 0.95 * 16 * 4096  # the time has zeros
+
+
+@pytest.mark.parametrize("mode", ["write", "randwrite"])
+@pytest.mark.parametrize("block", [4096, 3 * 4096, 1 << 20])
+def test_no_block_that_is_written_from_here_is_like_another(tmp_path: Path, mode: str, block: int) -> None:
+    """Neither in the file, nor in another one, nor in what is written over, nor in a base of the same seed."""
+    size, files = (2 << 20) + 4096, [tmp_path / name for name in ("a", "b")]
+    base = tmp_path / "base"
+    content.write_random(base, size, 1)
+    held = set(_blocks(base.read_bytes()))
+    for seed in (1, 2):
+        plain_io.run("write", files, plain_io.Job("write", block, size, seed, new=True))
+        for file in files:
+            before = set(_blocks(file.read_bytes()))
+            assert len(before) == size // 4096
+            assert held.isdisjoint(before)
+            assert len(zlib.compress(file.read_bytes(), 1)) > 0.99 * size
+            held |= before
+    plain_io.run("write", files, plain_io.Job(mode, block, size, 3))
+    for file in files:
+        after = set(_blocks(file.read_bytes()))
+        assert len(after) == size // 4096
+        assert len(after - held) >= size // block * block // 4096
+        held |= after
+
+
+def _blocks(data: bytes) -> list[bytes]:
+    return [data[offset : offset + 4096] for offset in range(0, len(data), 4096)]
 
 
 def test_nothing_is_allocated_ahead_and_no_file_made_where_one_is_needed(tmp_path: Path) -> None:
@@ -270,6 +315,7 @@ def test_the_workloads_are_found_and_described() -> None:
         "append-many",
         "bs-crossover",
         "cache-share",
+        "change-tree",
         "copyup-crossover",
         "deep-layers",
         "frag-read",
@@ -310,6 +356,31 @@ def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
         workload.chosen(["seqwrote"], [1 << 20], 0)
+
+
+def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -> None:
+    work = CacheShare(4 << 20, 0, readers=2)
+    for kind, why in ((None, ""), ("tmpfs", ", not cold")):
+        with Scratch(on_disk, Interrupts()) as scratch:
+            target = scratch.target("native", kind, 64 << 20)
+            target.build(work.base)
+            with target.fresh(work.base, scratch.shared) as layer:
+                assert [one.step for one in work.measure(layer)] == [f"first reader{why}", f"further reader{why}"]
+                assert set(work.counters(layer)) == (set() if why else {"bytes cached"})
+
+
+def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
+    """Threads would wait for each other: then all processor time that is used is this process's."""
+    work = TreeWalk(1 << 20, 0, files=500, tasks=3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 1 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            before = time.process_time()
+            timings = [work.measure(layer) for _ in range(5)]
+            own = time.process_time() - before
+    assert all(timing.operations == 1500 for taken in timings for timing in taken)
+    assert sum(timing.processor for taken in timings for timing in taken) > own
 
 
 # The run file and the table

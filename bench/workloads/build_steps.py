@@ -36,12 +36,13 @@ class BuildSteps(Workload):
     def measure(self, layer: Layer) -> list[Timing]:
         target, parent = layer.target, self.base.key
         clock, commits = Stopwatch(), []
-        for made in self._keys(layer):
+        for step, made in enumerate(self._keys(layer)):
             key = f"{made} in work"
             target.create(key, Base(parent, 0, self.base.fill))
             tree = target.mount(key)
             for number in range(self.new_files):
-                write_random(tree / f"{number}.dat", 4096, self.seed + number, durable=False)
+                seed = self.seed + step * self.new_files + number
+                write_random(tree / f"{number}.dat", 4096, seed, durable=False)
             part = Stopwatch()
             target.commit(key, made)
             commits.append(part.lap("commit"))

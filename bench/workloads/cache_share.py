@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
 
 from layerfs.bench import caches
-from layerfs.bench.caches import CacheState
+from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
@@ -20,6 +21,9 @@ class CacheShare(Workload):
 
     What is not counts as cached once more, whatever other programs do with the rest of the page cache meanwhile. Where
     files do not go through the page cache, the growth of the file system's own cache is counted, which others share.
+
+    Where nothing can be counted, the steps have names that say why: "not cold" where some of the file was cached before
+    the first reader came, "cache unseen" where what was read is afterwards in no cache that can be looked into.
     """
 
     name = "cache-share"
@@ -41,30 +45,38 @@ class CacheShare(Workload):
         return self.readers * self.base.size
 
     def measure(self, layer: Layer) -> list[Timing]:
+        unshared, timings, held = 0.0, [], []
         with ExitStack() as stack:
             made = [stack.enter_context(layer.target.fresh(self.base, layer.shared)) for _ in range(self.readers)]
             files = [one.path / LOWER_FILE for one in made]
-            for file in files:
-                caches.establish(CacheState.COLD, file)
-            unshared, timings, own = 0.0, [], caches.own_cache()
+            caches.write_back(*files)
+            begun, own = caches.establish(CacheState.COLD, *files), caches.own_cache()
             for file in files:
                 unshared += 1 - caches.resident(file)
                 clock = Stopwatch()
-                reached = caches.establish(CacheState.WARM, file)
-                timings.append(clock.lap("read"))
-            if reached.as_asked:
-                self._cached[id(layer)] = round(unshared * self.base.size)
-            elif own is not None:
-                self._cached[id(layer)] = max(0, (caches.own_cache() or 0) - own)
-        first, rest = timings[0], timings[1:]
-        steps = [Timing("first reader", first.seconds, bytes=self.base.size, processor=first.processor)]
-        if rest:
+                caches.read([file])
+                timings.append(clock.lap("read", bytes=self.base.size))
+                held.append(caches.resident(file))
+            grown = 0 if own is None else (caches.own_cache() or 0) - own
+        why, cached = "", None
+        if not begun.as_asked:
+            why = ", not cold"
+        elif Reached(CacheState.WARM, "read", min(held)).as_asked:
+            cached = round(unshared * self.base.size)
+        elif not any(held) and grown > self.base.size // 2:  # the first reader alone makes it grow by all of it
+            cached = grown
+        elif not any(held):
+            why = ", cache unseen"
+        if cached is not None:
+            self._cached[layer.key] = cached
+        steps = [dataclasses.replace(timings[0], step=f"first reader{why}")]
+        if rest := timings[1:]:
             seconds, processor = (sum(getattr(t, f) for t in rest) / len(rest) for f in ("seconds", "processor"))
-            steps.append(Timing("further reader", seconds, bytes=self.base.size, processor=processor))
+            steps.append(Timing(f"further reader{why}", seconds, bytes=self.base.size, processor=processor))
         return steps
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        cached = self._cached.pop(id(layer), None)
+        cached = self._cached.pop(layer.key, None)
         return {} if cached is None else {"bytes cached": cached}
 
-    _cached: ClassVar[dict[int, int]] = {}
+    _cached: ClassVar[dict[str, int]] = {}

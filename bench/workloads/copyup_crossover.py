@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench.caches import CacheState
+from layerfs.bench.content import Supply
 from layerfs.bench.on_lower import OnLower
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, repeated
@@ -34,16 +35,16 @@ class CopyupCrossover(OnLower):
 
     def measure(self, layer: Layer) -> list[Timing]:
         source = random.Random(self.seed)  # noqa: S311
-        data = source.randbytes(self.block)
         changed = source.sample(range(self._blocks), round(self._blocks * self.percent / 100))
-        return [repeated([self._change(file, data, changed) for file in self.files(layer)])]
+        return [repeated([self._change(file, changed) for file in self.files(layer)])]
 
-    def _change(self, path: Path, data: bytes, changed: Sequence[int]) -> Timing:
+    def _change(self, path: Path, changed: Sequence[int]) -> Timing:
+        data = Supply(self.size, self.block, self.seed, path.name)
         clock = Stopwatch()
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             for number in changed:
-                os.pwrite(file, data, number * self.block)
+                os.pwrite(file, data.at(number * self.block), number * self.block)
             os.fsync(file)
         finally:
             os.close(file)

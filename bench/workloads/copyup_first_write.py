@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, deepened
+from layerfs.bench.content import Base, Supply, deepened
 from layerfs.bench.on_lower import OnLower
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, repeated
@@ -44,19 +43,20 @@ class CopyupFirstWrite(OnLower):
         clock = Stopwatch()
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return [clock.lap("open"), *(self._change(file) if self.change else [])]
+            return [clock.lap("open"), *(self._change(file, path) if self.change else [])]
         finally:
             os.close(file)
 
-    def _change(self, file: int) -> list[Timing]:
-        data = random.Random(self.seed).randbytes(self.change)  # noqa: S311
+    def _change(self, file: int, path: Path) -> list[Timing]:
+        data = Supply(self.size, self.change, self.seed, path.name)
         middle = self.size // 2 // self.change * self.change
+        first, second = data.at(middle), data.at(0)
         timings, clock = [], Stopwatch()
-        os.pwrite(file, data, middle)
+        os.pwrite(file, first, middle)
         timings.append(clock.lap("first write"))
         os.fsync(file)
         timings.append(clock.lap("fsync"))
-        os.pwrite(file, data[::-1], 0)  # what compares blocks must not find it known
+        os.pwrite(file, second, 0)
         os.fsync(file)
         return [*timings, clock.lap("second write")]
 

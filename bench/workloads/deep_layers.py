@@ -16,10 +16,10 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class DeepLayers(Workload):
-    """The files lie in the lowest layer, in directories that all have, so that a union looks in each layer.
-    Each is looked up once, so that no name of this layer is in the kernel's cache.
+    """The files lie in the lowest layer, in directories that every layer has something in.
 
-    What lies below is cached, for another layer on the same parent has been asked for all of it.
+    Each name is looked up once, so that none of this layer is in the kernel's cache. What lies below is cached, for
+    another layer on the same parent has been asked for all of it, also for what is not there.
     """
 
     name = "deep-layers"
@@ -43,6 +43,7 @@ class DeepLayers(Workload):
         with layer.target.fresh(self.base, layer.shared) as other:
             for path in self._paths(other):
                 path.stat()
+                _miss(path)
 
     def measure(self, layer: Layer) -> list[Timing]:
         paths = self._paths(layer)
@@ -55,11 +56,15 @@ class DeepLayers(Workload):
             path.stat()
         looked = clock.lap("stat", operations=self.files - half)
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                path.with_suffix(".missing").stat()
+            _miss(path)
         missed = clock.lap("miss", operations=self.files)
         made = [] if layer.created is None else [Timing("make the layer", layer.created)]
         return [opened, looked, missed, *made]
 
     def _paths(self, layer: Layer) -> list[Path]:
         return [layer.path / name for name in even_names(self.files)]
+
+
+def _miss(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.with_suffix(".missing").stat()

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import ClassVar
+from subprocess import PIPE, Popen
+from typing import IO, ClassVar
 
+from layerfs.bench import walker
 from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base, even_files, even_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.errors import LayerfsError
 
 
 @dataclass(frozen=True)
 class TreeWalk(Workload):
-    """The first walk fills the kernel's cache of names and inodes, the second one finds them there."""
+    """The first walk fills the kernel's cache of names and inodes, the second one finds them there.
+
+    Each task is a process of its own and walks all of the tree; all are ready when the clock starts.
+    """
 
     name = "tree-walk"
     summary = "walk a lower layer's tree of two thousand files twice and stat each, by one task or several"
@@ -43,51 +48,46 @@ class TreeWalk(Workload):
         return 0
 
     def measure(self, layer: Layer) -> list[Timing]:
-        with _walkers(self.tasks) as walk:
-            timings = []
+        timings = []
+        with _walkers(layer.path, self.tasks) as walkers:
             for step in ("first walk", "second walk"):
                 clock = Stopwatch()
-                timings.append(clock.lap(step, operations=walk(layer.path)))
-            return timings
+                for one in walkers:
+                    _stream(one.stdin).write("\n")
+                    _stream(one.stdin).flush()
+                answers = [_answer(one) for one in walkers]
+                timing = clock.lap(step, operations=sum(int(seen) for seen, _ in answers))
+                used = timing.processor + sum(float(processor) for _, processor in answers)
+                timings.append(dataclasses.replace(timing, processor=used))
+        return timings
 
 
 @contextmanager
-def _walkers(tasks: int) -> Iterator[Callable[[Path], int]]:
-    """What walks a tree by so many tasks at a time and counts the files they saw.
+def _walkers(root: Path, tasks: int) -> Iterator[list[Popen[str]]]:
+    """As many processes, all ready to walk: threads of this one would wait for each other, and not for the driver.
 
-    Several are processes, since threads would wait for the interpreter's lock; all run before the first walk begins.
+    They are in sessions of their own, for a terminal's Ctrl-C is this process's alone; they end with their input.
     """
-    if tasks == 1:
-        yield _walk
-        return
-    context = multiprocessing.get_context("forkserver")  # not a copy of this process, with its threads and handlers
-    context.set_forkserver_preload([__name__])
-    with context.Pool(tasks, _meet_at, [context.Barrier(tasks)]) as pool:
-
-        def walk(root: Path) -> int:
-            return sum(pool.map(_walk, [root] * tasks, chunksize=1))
-
-        pool.map(_meet, range(tasks), chunksize=1)
-        yield walk
-
-
-_barrier: Barrier
+    command = [sys.executable, "-I", "-S", walker.__file__, str(root)]
+    with ExitStack() as stack:
+        walkers = []
+        for _ in range(tasks):
+            one = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+            stack.enter_context(one)
+            stack.callback(one.kill)  # before it is waited for; nothing that it does is of use any more
+            walkers.append(one)
+        for one in walkers:
+            _answer(one)
+        yield walkers
 
 
-def _meet_at(barrier: Barrier) -> None:
-    global _barrier  # noqa: PLW0603 - a worker's own
-    _barrier = barrier
+def _answer(walker: Popen[str]) -> list[str]:
+    line = _stream(walker.stdout).readline()
+    if not line:
+        raise LayerfsError(f"walking a tree: {' '.join(_stream(walker.stderr).read().split())}")
+    return line.split()
 
 
-def _meet(_task: int) -> None:
-    """Be in a process that takes no second task before every other has one."""
-    _barrier.wait()
-
-
-def _walk(root: Path) -> int:
-    seen = 0
-    for place, _, files in os.walk(root):
-        for name in files:
-            os.stat(os.path.join(place, name), follow_symlinks=False)
-            seen += 1
-    return seen
+def _stream(given: IO[str] | None) -> IO[str]:
+    assert given is not None  # all three are pipes
+    return given
