@@ -233,6 +233,16 @@ class Database:
         """The process ID of every session that has not ended, dead or alive."""
         return {row["number"]: row["pid"] for row in self._all("SELECT number, pid FROM sessions")}
 
+    def owners(self) -> set[int]:
+        """Every session that has not ended, or that work or mounts are still said to be of; `NOBODY` may be one."""
+        query = (
+            "SELECT number FROM sessions"
+            " UNION SELECT owner FROM layers WHERE owner IS NOT NULL"
+            " UNION SELECT owner FROM volumes WHERE owner IS NOT NULL"
+            " UNION SELECT session FROM mounts WHERE session IS NOT NULL"
+        )
+        return {row["number"] for row in self._all(query)}
+
     def begin_session(self, pid: int) -> int:
         return self._run("INSERT INTO sessions (pid) VALUES (?)", pid)
 

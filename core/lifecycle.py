@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from layerfs.database import NOBODY, Row, State, checked_text, encoded
+from layerfs.database import Row, State, checked_text, encoded
 from layerfs.driver import Capability
 from layerfs.errors import (
     AlreadyExists,
@@ -15,7 +15,6 @@ from layerfs.errors import (
     EnvironmentUnfit,
     FailedPrecondition,
     InvalidArgument,
-    LayerfsError,
     NotFound,
 )
 from layerfs.layer import Kind, Layer
@@ -62,7 +61,7 @@ class Lifecycle:
             try:
                 self._create(row, size)
             except BaseException:
-                self._undo(row)
+                self._recovery.finish_or_give_up(row)
                 raise
         return dataclasses.replace(row, state=State.READY, owner=None)
 
@@ -95,7 +94,7 @@ class Lifecycle:
         row = self._numbered(row.number)
         try:
             self._recovery.seal(row)
-        except LayerfsError as error:
+        except Exception as error:  # but an interruption ends the session, and leaves it to the next one
             self._recovery.give_up(row, error)
             raise
         return self._numbered(row.number).layer
@@ -118,24 +117,24 @@ class Lifecycle:
                 self._recovery.remove(row)
             else:
                 self._mounting.take_down(row)
-        except LayerfsError as error:
+                self._remove_later(row)
+        except Exception as error:
             self._recovery.give_up(row, error)
             raise
-        if not wait:
-            self._database.change(row.number, key=f"{key} (removed {secrets.token_hex(8)})")
-            self._going.add(row.number)
-            self._removals.submit(self._remove_data, row)
 
     def wait(self) -> None:
         """Wait for the removals that nobody has waited for."""
         if self._going:
             self._removals.submit(lambda: None).result()
 
+    def _remove_later(self, row: Row) -> None:
+        self._database.change(row.number, key=f"{row.key} (removed {secrets.token_hex(8)})")
+        self._going.add(row.number)
+        self._removals.submit(self._remove_data, self._numbered(row.number))
+
     def _remove_data(self, row: Row) -> None:
         try:
-            self._recovery.remove(row)
-        except LayerfsError:
-            self._database.change(row.number, owner=NOBODY)  # `Recovery.run` tries again
+            self._recovery.finish_or_give_up(row)
         finally:
             self._going.discard(row.number)
 
@@ -148,12 +147,6 @@ class Lifecycle:
         with self._database.transaction():
             self._database.own_volume(row.volume, None)
             self._database.change(row.number, state=State.READY, owner=None)
-
-    def _undo(self, row: Row) -> None:
-        try:
-            self._recovery.remove(row)
-        except LayerfsError:
-            self._database.change(row.number, owner=NOBODY)
 
     def _parent(self, name: str) -> int | None:
         """The number of the committed layer of this key, or of the topmost layer of the image of this name."""

@@ -6,8 +6,9 @@ import contextlib
 
 from layerfs.database import NOBODY, Row, State
 from layerfs.errors import FailedPrecondition, LayerfsError
+from layerfs.locks import living
 from layerfs.mounting import Mounting
-from layerfs.session import Session, named
+from layerfs.session import Session, log_failure, named
 from layerfs.settling import Settling, Sync
 
 
@@ -28,24 +29,28 @@ class Recovery:
         Args:
             given_up: also try again what an earlier recovery, or an operation that failed, could not finish.
         """
-        known = self._database.sessions()
-        dead = [n for n in known if n != self._session.number and not self._session.locks.is_held(n)]
+        dead = self.dead()
         if not dead and not given_up:
             return []
         with self._database.transaction():
-            dead = [number for number in dead if number in self._database.sessions()]
+            dead &= self._database.owners()
             owners = [*dead, NOBODY] if given_up else dead
             rows = self._database.owned(*owners)
             volumes = self._database.stray_volumes(*owners)
             self._database.take_over(self._session.number, *owners)
             for number in dead:
                 self._database.end_session(number)
-        done = [self._finish_or_give_up(row) for row in rows]
-        done += [self._discard_or_give_up(volume) for volume in volumes]
+        done = [self.finish_or_give_up(row) for row in rows]
+        done += [f"removed the unused volume {named(number)!r}" for number in volumes if self._session.discard(number)]
         if dead:
             self._settle()
             done += self._mounting.tidy()
         return [what for what in done if what]
+
+    def dead(self) -> set[int]:
+        """The sessions that live no more and left something, whether or not they got to their end."""
+        others = self._database.owners() - {NOBODY, self._session.number}
+        return others - living(self._session.locks, others)
 
     def finish(self, row: Row) -> str:
         """Finish or undo the work on a layer that this session owns; what was done, for people."""
@@ -60,7 +65,17 @@ class Recovery:
                 self.seal(row)
                 return f"finished the commit of the layer {row.key!r} to {row.new_key!r}"
             case State.READY:
+                self._database.change(row.number, owner=None)
                 return ""
+
+    def finish_or_give_up(self, row: Row) -> str:
+        """As `finish`; what fails is logged and left for later."""
+        try:
+            return self.finish(row)
+        except Exception as error:
+            log_failure(f"the work on the layer {row.key!r} ({row.state}) is left for later", error)
+        self._leave(row)
+        return ""
 
     def remove(self, row: Row) -> None:
         """Take away a layer that is being removed."""
@@ -90,31 +105,22 @@ class Recovery:
 
     def unlock(self, row: Row) -> None:
         """Let a layer be as it was before an operation began."""
+        self._session.note(row.number, state=State.READY, owner=None, new_key=None, new_labels=None)
         self._database.settle([row.number])
-        self._database.change(row.number, state=State.READY, owner=None, new_key=None, new_labels=None)
 
-    def give_up(self, row: Row, error: LayerfsError) -> None:
+    def give_up(self, row: Row, error: Exception) -> None:
         """After a failure: let the layer be as it was if nothing has been done to it, else leave it for later."""
         if isinstance(error, FailedPrecondition):
             self.unlock(row)
         else:
-            self._database.change(row.number, owner=NOBODY)
+            self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        try:
+            self._session.note(row.number, owner=NOBODY)
+        except LayerfsError as error:  # it stays this session's, and the next one sees to it
+            log_failure(f"noting that of the layer {row.key!r}", error)
 
     def _settle(self) -> None:
         with contextlib.suppress(LayerfsError):
             self._settling.settle()
-
-    def _finish_or_give_up(self, row: Row) -> str:
-        try:
-            return self.finish(row)
-        except LayerfsError:
-            self._database.change(row.number, owner=NOBODY)
-            return ""
-
-    def _discard_or_give_up(self, volume: int) -> str:
-        try:
-            self._session.discard(volume)
-        except LayerfsError:
-            self._database.own_volume(volume, NOBODY)
-            return ""
-        return f"removed the unused volume {named(volume)!r}"

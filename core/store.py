@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Self
@@ -91,10 +91,11 @@ class Store:
         """Give back what this object holds; mounts made with `mount` stay. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._lifecycle.wait()
-            self._mounting.release()
-            self._settling.close()
-            close_session(self._session)
+            with ExitStack() as stack:  # from the last to the first, whatever fails
+                stack.callback(close_session, self._session)
+                stack.callback(self._settling.close)
+                stack.callback(self._mounting.release)
+                stack.callback(self._lifecycle.wait)
 
     @property
     def root(self) -> Path:

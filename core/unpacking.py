@@ -19,7 +19,7 @@ from layerfs.apply import Applied
 from layerfs.database import RecordKind, Row, State
 from layerfs.diff import Written
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, BadLayer, LayerfsError
+from layerfs.errors import AlreadyExists, BadLayer
 from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
@@ -74,8 +74,7 @@ class Unpacking:
                 self._session.sync()
             except BaseException:
                 for volume in reversed(volumes):
-                    with contextlib.suppress(LayerfsError):  # recovery tries again when this session is gone
-                        self._session.discard(volume)
+                    self._session.discard(volume)
                 raise
             self._insert(missing, volumes, applied, shapes, base)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -54,6 +56,11 @@ def committed(store: Store, name: str, parent: str = "", **files: bytes) -> None
         for file, content in files.items():
             (root / file).write_bytes(content)
     store.commit(name, f"{name} making")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, store: Store, step: str, error: BaseException) -> None:
+    """Let a step of the store's driver fail until ``monkeypatch`` is undone."""
+    monkeypatch.setattr(type(store.driver), step, lambda *_: (_ for _ in ()).throw(error))
 
 
 def keys(store: Store, *filters: str) -> list[str]:
@@ -515,6 +522,78 @@ def _nothing_stays_mounted(tmp_path: Path) -> Iterator[None]:
     ]
 
 
+# -- work that is broken off ----------------------------------------------------------------------------------------
+
+
+def test_work_that_was_interrupted_is_finished_by_the_next_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store(tmp_path / "store", "vfs") as store:
+        committed(store, "base")
+        for key in ("gone", "sealed", "applied"):
+            store.prepare(key, "base")
+        for step, action in (
+            ("remove", lambda: store.remove("gone")),
+            ("seal", lambda: store.commit("top", "sealed")),
+            ("remove", lambda: store.apply("applied", io.BytesIO(tar_of({"file": b"x"})))),
+        ):
+            failing(monkeypatch, store, step, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                action()
+            monkeypatch.undo()
+        with pytest.raises(AlreadyExists):
+            store.prepare("gone")
+    with Store(tmp_path / "store") as store:
+        assert keys(store) == ["base", "top", "applied"]
+        assert len(list(store.driver.volumes())) == 3
+        assert store.check() == []
+        for key in ("applied", "top", "base"):
+            store.remove(key)
+
+
+def test_a_mount_of_a_session_that_has_ended_is_taken_down(tmp_path: Path) -> None:
+    with Store(tmp_path / "store", "vfs") as store:
+        store.prepare("work")
+        place = store.mount("work")
+        with sqlite3.connect(store.root / "layerfs.db") as connection:  # as where its end went wrong
+            connection.execute("UPDATE mounts SET session = (SELECT max(number) + 1 FROM sessions)")
+            connection.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'sessions'")
+    assert place.exists()
+    with Store(tmp_path / "store"):
+        gone = not place.exists()
+    if not gone:
+        subprocess.run(["umount", place], check=True)
+    assert gone
+
+
+def test_a_failure_that_is_none_of_ours_leaves_no_layer_busy(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store("vfs")
+    for key in ("gone", "work"):
+        store.prepare(key)
+    for step, action in (("remove", lambda: store.remove("gone")), ("seal", lambda: store.commit("top", "work"))):
+        failing(monkeypatch, store, step, OSError(errno.EMFILE, "too many open files"))
+        with pytest.raises(OSError, match="too many open files"):
+            action()
+        monkeypatch.undo()
+    assert sorted(finding.name for finding in store.check(repair=True) if finding.repaired) == ["gone", "work"]
+    assert keys(store) == ["top"]
+
+
+def test_a_store_ends_its_session_whatever_fails_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store", "vfs")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    store.prepare("work")
+    failing(monkeypatch, store, "close", OSError(errno.EIO, "it does not end"))
+    with pytest.raises(OSError, match="it does not end"):
+        store.close()
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) < descriptors
+    with Store(tmp_path / "store") as store:
+        store.remove("work")
+
+
 # -- removal that nobody waits for -----------------------------------------------------------------------------------
 
 
@@ -533,14 +612,19 @@ def test_a_key_is_free_at_once_and_the_data_goes_later(make_store: MakeStore) ->
     assert store.check() == []
 
 
-def test_what_cannot_be_removed_later_is_tried_again(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OutOfSpace("full"), OSError(errno.EMFILE, "too many open files")])
+def test_what_cannot_be_removed_later_is_tried_again(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     store = make_store("vfs")
     store.prepare("work")
-    monkeypatch.setattr(type(store.driver), "remove", lambda *_: (_ for _ in ()).throw(OutOfSpace("full")))
+    failing(monkeypatch, store, "remove", error)
     store.remove("work", wait=False)
     assert list(store.list()) == []
     store.cleanup()
     assert len(list(store.driver.volumes())) == 1
+    assert "the layer 'work (removed" in caplog.text
+    assert str(error) in caplog.text
     monkeypatch.undo()
     store.cleanup()
     assert list(store.driver.volumes()) == []
