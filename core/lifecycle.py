@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from layerfs.database import Row, State, checked_text, encoded
 from layerfs.driver import Capability
@@ -23,6 +24,9 @@ from layerfs.recovery import Recovery
 from layerfs.session import Session
 from layerfs.settling import boot
 from layerfs.transfer import Transfer
+
+_REMOVED: Final = " (removed "
+"""Stands in the key of a layer whose data is not gone yet, after the key that it had."""
 
 
 class Lifecycle:
@@ -101,7 +105,7 @@ class Lifecycle:
 
     def remove(self, key: str, *, wait: bool) -> None:
         """Take a layer away; without ``wait``, its data some time later, and its key is free at once."""
-        if wait:
+        if wait and self._database.children(self._session.removable(key).number):  # which may be about to go
             self.wait()
         self._session.reserve.use()
         with self._database.transaction():
@@ -117,20 +121,26 @@ class Lifecycle:
                 self._recovery.remove(row)
             else:
                 self._mounting.take_down(row)
-                self._remove_later(row)
+                self.remove_later(row)
         except Exception as error:
             self._recovery.give_up(row, error)
             raise
+
+    def remove_later(self, row: Row) -> None:
+        """Take a layer away in a thread that this session has begun to make or to remove; its key is free at once."""
+        key = f"{row.key.partition(_REMOVED)[0]}{_REMOVED}{secrets.token_hex(8)})"
+        self._database.change(row.number, key=key, state=State.REMOVING)
+        self._going.add(row.number)
+        self._removals.submit(self._remove_data, self._numbered(row.number))
+
+    def close(self) -> None:
+        """Wait for the removal that is under way; those that have not begun are left to the next session."""
+        self._removals.shutdown(cancel_futures=True)
 
     def wait(self) -> None:
         """Wait for the removals that nobody has waited for."""
         if self._going:
             self._removals.submit(lambda: None).result()
-
-    def _remove_later(self, row: Row) -> None:
-        self._database.change(row.number, key=f"{row.key} (removed {secrets.token_hex(8)})")
-        self._going.add(row.number)
-        self._removals.submit(self._remove_data, self._numbered(row.number))
 
     def _remove_data(self, row: Row) -> None:
         try:

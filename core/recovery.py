@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from layerfs.database import NOBODY, Row, State
 from layerfs.errors import FailedPrecondition, LayerfsError
@@ -21,13 +22,14 @@ class Recovery:
         self._mounting = mounting
         self._settling = settling
 
-    def run(self, *, given_up: bool = False) -> list[str]:
+    def run(self, *, given_up: bool = False, remove: Callable[[Row], object] | None = None) -> list[str]:
         """Recover what dead sessions left; what was done, for people.
 
         Cheap where there is nothing to do: one query, and one look at the lock file for each other session.
 
         Args:
             given_up: also try again what an earlier recovery, or an operation that failed, could not finish.
+            remove: is called in place of `remove`; it may only see to it that the layer will be gone.
         """
         dead = self.dead()
         if not dead and not given_up:
@@ -40,7 +42,7 @@ class Recovery:
             self._database.take_over(self._session.number, *owners)
             for number in dead:
                 self._database.end_session(number)
-        done = [self.finish_or_give_up(row) for row in rows]
+        done = [self.finish_or_give_up(row, remove) for row in rows]
         done += [f"removed the unused volume {named(number)!r}" for number in volumes if self._session.discard(number)]
         if dead:
             self._settle()
@@ -52,11 +54,11 @@ class Recovery:
         others = self._database.owners() - {NOBODY, self._session.number}
         return others - living(self._session.locks, others)
 
-    def finish(self, row: Row) -> str:
-        """Finish or undo the work on a layer that this session owns; what was done, for people."""
+    def finish(self, row: Row, remove: Callable[[Row], object] | None = None) -> str:
+        """Finish or undo the work on a layer that this session owns; what was done, for people. As for `run`."""
         match row.state:
             case State.CREATING | State.REMOVING:
-                self.remove(row)
+                (remove or self.remove)(row)
                 return f"removed the half-made or half-removed layer {row.key!r}"
             case State.BUSY:
                 self.unlock(row)
@@ -68,17 +70,19 @@ class Recovery:
                 self._database.change(row.number, owner=None)
                 return ""
 
-    def finish_or_give_up(self, row: Row) -> str:
+    def finish_or_give_up(self, row: Row, remove: Callable[[Row], object] | None = None) -> str:
         """As `finish`; what fails is logged and left for later."""
         try:
-            return self.finish(row)
+            return self.finish(row, remove)
         except Exception as error:
             log_failure(f"the work on the layer {row.key!r} ({row.state}) is left for later", error)
         self._leave(row)
         return ""
 
     def remove(self, row: Row) -> None:
-        """Take away a layer that is being removed."""
+        """Take away a layer that is being removed. Raises `FailedPrecondition` where a child of it could not be."""
+        if children := self._database.children(row.number):
+            raise FailedPrecondition(f"the layer {row.key!r} still has children, as {children[0]!r}")
         self._mounting.take_down(row)
         if row.volume is not None:
             self._session.driver.remove(named(row.volume))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 import layerfs
 from layerfs import mount_table
 from layerfs.backing import BackingSpec
-from layerfs.driver import Capability
+from layerfs.driver import Capability, Driver
 from layerfs.errors import (
     AlreadyExists,
     BadLayer,
@@ -641,10 +642,98 @@ def test_removal_waits_for_what_was_removed_before(make_store: MakeStore) -> Non
     assert list(store.driver.volumes()) == []
 
 
-def test_closing_a_store_waits_for_removals(tmp_path: Path) -> None:
-    with Store(tmp_path / "store", "vfs") as store:
-        store.prepare("work")
-        store.remove("work", wait=False)
-    with Store(tmp_path / "store") as store:
+def test_a_parent_stays_as_long_as_a_child_that_cannot_be_removed(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store("vfs")
+    committed(store, "base")
+    store.prepare("child", "base")
+    real = type(store.driver).remove
+
+    def busy(driver: Driver, volume: str) -> None:
+        if volume != first:
+            assert both.wait(60)
+            raise OutOfSpace("full")
+        real(driver, volume)
+
+    (first, _), both = sorted(store.driver.volumes()), threading.Event()
+    monkeypatch.setattr(type(store.driver), "remove", busy)
+    store.remove("child", wait=False)
+    store.remove("base", wait=False)
+    both.set()
+    store.cleanup()
+    assert len(list(store.driver.volumes())) == 2
+    monkeypatch.undo()
+    store.cleanup()
+    assert list(store.driver.volumes()) == []
+
+
+def test_closing_a_store_leaves_removals_that_have_not_begun_to_the_next_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store", "vfs")
+    kind, real = type(store.driver), type(store.driver).remove
+    begun, closing = threading.Event(), threading.Event()
+
+    def slow(driver: Driver, volume: str) -> None:
+        begun.set()
+        assert closing.wait(60)
+        real(driver, volume)
+
+    end = ThreadPoolExecutor.shutdown
+
+    def shutdown(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        end(pool, wait=False, cancel_futures=cancel_futures)
+        closing.set()
+        end(pool, wait)
+
+    committed(store, "base")
+    for number in range(5):
+        store.prepare(f"work {number}", "base")
+    monkeypatch.setattr(kind, "remove", slow)
+    for number in range(5):
+        store.remove(f"work {number}", wait=False)
+    store.remove("base", wait=False)
+    assert begun.wait(60)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    store.close()
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path / "store" / "data")) > 4
+    with Store(tmp_path / "store", background=True) as store:
+        assert keys(store) == []
+        store.cleanup()
         assert list(store.driver.volumes()) == []
         assert store.check() == []
+
+
+def test_a_server_does_not_wait_for_what_a_killed_one_was_removing(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store(tmp_path / "store", "vfs") as store:
+        committed(store, "base")
+        committed(store, "top", "base")
+        store.prepare("other")
+        with sqlite3.connect(store.root / "layerfs.db") as connection:  # as a killed process leaves it
+            change = "UPDATE layers SET state = 'removing', owner = (SELECT max(number) FROM sessions) WHERE key = ?"
+            connection.execute(change, ("top",))
+        kind, real = type(store.driver), type(store.driver).remove
+    going = threading.Event()
+
+    def slow(driver: Driver, volume: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert going.wait(60)
+        real(driver, volume)
+
+    monkeypatch.setattr(kind, "remove", slow)
+    store = make_store("vfs", background=True)
+    try:
+        assert len(list(store.driver.volumes())) == 3
+        store.remove("other")  # which has nothing to do with it
+        store.prepare("top", "base")  # its key is free
+        store.remove("top")
+        store.remove("base", wait=False)
+    finally:
+        going.set()
+    store.cleanup()
+    assert list(store.driver.volumes()) == []
+    assert store.check() == []
