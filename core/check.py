@@ -136,7 +136,9 @@ class Check:
                 return
             self._database.settle([row.number])
         if self._database.is_doubtful(row.number, boot()):
-            what = "it was committed just before the machine went down: files may be incomplete"
+            what = (
+                "it was committed just before the machine went down, or writing it out failed: files may be incomplete"
+            )
             finding = Finding("damaged", row.key, what, True)
             yield self._repaired(finding, partial(self._database.settle, [row.number])) if repair else finding
 

@@ -173,8 +173,8 @@ class Lifecycle:
             raise InvalidArgument(f"the layer {name!r} is {row.kind}; only a committed layer can be a parent")
         if self._database.is_doubtful(row.number, boot()):
             raise Damaged(
-                f"the layer {name!r} was committed just before the machine went down, and its files may be incomplete; "
-                "unpack it again, or accept it as it is with `layerfs check --repair`"
+                f"the layer {name!r} was committed just before the machine went down, or writing it out failed, and "
+                "its files may be incomplete; unpack it again, or accept it as it is with `layerfs check --repair`"
             )
         return row.number
 

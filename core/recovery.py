@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 from layerfs.database import NOBODY, Row, State
@@ -10,7 +9,7 @@ from layerfs.errors import FailedPrecondition, LayerfsError
 from layerfs.locks import living
 from layerfs.mounting import Mounting
 from layerfs.session import Session, log_failure, named
-from layerfs.settling import Settling, Sync
+from layerfs.settling import Settling
 
 
 class Recovery:
@@ -45,7 +44,7 @@ class Recovery:
         done = [self.finish_or_give_up(row, remove) for row in rows]
         done += [f"removed the unused volume {named(number)!r}" for number in volumes if self._session.discard(number)]
         if dead:
-            self._settle()
+            self._settling.try_to_settle()
             done += self._mounting.tidy()
         return [what for what in done if what]
 
@@ -98,13 +97,14 @@ class Recovery:
         self._mounting.take_down(row)
         volume, parents = self._session.volumes(row)
         self._session.driver.seal(volume, parents)
-        if self._settling.sync is Sync.COMMIT:
+        at_once = self._settling.is_waited_for
+        if at_once:
             self._settling.write_out([row.number])
         assert row.new_key is not None
         assert row.new_labels is not None
-        with self._database.transaction():
+        with self._database.transaction(durable=at_once):
             self._database.commit(row.number, row.new_key, row.new_labels)
-        if self._settling.sync is Sync.LATER:
+        if not at_once:
             self._settling.write_out([row.number])
 
     def unlock(self, row: Row) -> None:
@@ -124,7 +124,3 @@ class Recovery:
             self._session.note(row.number, owner=NOBODY)
         except LayerfsError as error:  # it stays this session's, and the next one sees to it
             log_failure(f"noting that of the layer {row.key!r}", error)
-
-    def _settle(self) -> None:
-        with contextlib.suppress(LayerfsError):
-            self._settling.settle()

@@ -12,8 +12,7 @@ from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.database import NOBODY, Database, Row, State
 from layerfs.driver import Driver
-from layerfs.errors import FailedPrecondition, LayerfsError, NotFound, refused
-from layerfs.kernel.libc import check, libc
+from layerfs.errors import FailedPrecondition, LayerfsError, NotFound
 from layerfs.locks import LockFile
 from layerfs.reserve import Reserve
 
@@ -136,16 +135,6 @@ class Session:
             assert row.volume is not None
             self.database.change(row.number, diff_id="", diff_size=0, diff_entries=0, record="")
             self.record(row.volume).unlink(missing_ok=True)
-
-    def sync(self) -> None:
-        """Have the data on the backing written out, see syncfs(2). Raises `OutOfSpace`, `KernelRefused`."""
-        fd = os.open(self.backing.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            check(libc.syncfs(fd))
-        except OSError as error:
-            raise refused(f"writing out the data of the store {str(self.root)!r}", error) from error
-        finally:
-            os.close(fd)
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -75,7 +75,7 @@ class Store:
         self._recovery = Recovery(self._session, self._mounting, self._settling)
         self._transfer = Transfer(self._session, self._mounting)
         self._lifecycle = Lifecycle(self._session, self._mounting, self._recovery, self._transfer)
-        self._unpacking = Unpacking(self._session)
+        self._unpacking = Unpacking(self._session, self._settling)
         self._closed = False
         try:
             self.images = Images(self, self._database, self._session.reserve)
