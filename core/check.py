@@ -77,12 +77,12 @@ class Check:
 
     def _half_made(self, repair: bool) -> Iterator[Finding]:
         """Work that failed half-way in this session or in one that has ended."""
-        rows = self._database.owned(NOBODY)
+        rows = self._database.owned(NOBODY, *self._recovery.dead())
         for row in rows:
             yield Finding("half-made", row.key, f"an operation on it failed half-way ({row.state})", True)
         if repair:
             self._recovery.run(given_up=True)
-            left = {row.number for row in self._database.owned(NOBODY)}
+            left = {row.number for row in self._database.owned(NOBODY, self._session.number)}
             for row in rows:
                 if row.number not in left:
                     yield Finding("half-made", row.key, "it was finished or undone", True, repaired=True)
@@ -136,7 +136,9 @@ class Check:
                 return
             self._database.settle([row.number])
         if self._database.is_doubtful(row.number, boot()):
-            what = "it was committed just before the machine went down: files may be incomplete"
+            what = (
+                "it was committed just before the machine went down, or writing it out failed: files may be incomplete"
+            )
             finding = Finding("damaged", row.key, what, True)
             yield self._repaired(finding, partial(self._database.settle, [row.number])) if repair else finding
 

@@ -208,17 +208,25 @@ class Database:
             self._connection.close()
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All statements of the body, or none. Not to be nested."""
+    def transaction(self, *, durable: bool = False) -> Iterator[None]:
+        """All statements of the body, or none. Not to be nested.
+
+        With ``durable``, they and all before them outlast a crash of the machine once this has returned.
+        """
         with self._lock, self._reported():
-            self._connection.execute("BEGIN IMMEDIATE")
+            if durable:
+                self._connection.execute("PRAGMA synchronous = FULL")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+            finally:
+                if durable:
+                    self._connection.execute("PRAGMA synchronous = NORMAL")
 
     # Facts and sessions
 
@@ -232,6 +240,16 @@ class Database:
     def sessions(self) -> dict[int, int]:
         """The process ID of every session that has not ended, dead or alive."""
         return {row["number"]: row["pid"] for row in self._all("SELECT number, pid FROM sessions")}
+
+    def owners(self) -> set[int]:
+        """Every session that has not ended, or that work or mounts are still said to be of; `NOBODY` may be one."""
+        query = (
+            "SELECT number FROM sessions"
+            " UNION SELECT owner FROM layers WHERE owner IS NOT NULL"
+            " UNION SELECT owner FROM volumes WHERE owner IS NOT NULL"
+            " UNION SELECT session FROM mounts WHERE session IS NOT NULL"
+        )
+        return {row["number"] for row in self._all(query)}
 
     def begin_session(self, pid: int) -> int:
         return self._run("INSERT INTO sessions (pid) VALUES (?)", pid)
@@ -361,8 +379,15 @@ class Database:
         query = "SELECT layer FROM unsettled JOIN layers ON number = layer WHERE boot = ? AND state = ?"
         return [row["layer"] for row in self._all(query, boot, State.READY)]
 
+    def doubt(self, boot: str) -> list[str]:
+        """Let all marks of this boot be as if it were over; the keys of the layers, present or to come."""
+        query = "SELECT coalesce(new_key, key) AS name FROM unsettled JOIN layers ON number = layer WHERE boot = ?"
+        names = [row["name"] for row in self._all(query, boot)]
+        self._run("UPDATE unsettled SET boot = '' WHERE boot = ?", boot)
+        return names
+
     def is_doubtful(self, number: int, boot: str) -> bool:
-        """Whether a layer was marked in an earlier boot, so that its data may never have been written out."""
+        """Whether a layer's data may never have been written out: it was marked in an earlier boot, or see `doubt`."""
         query = "SELECT EXISTS (SELECT 1 FROM unsettled WHERE layer = ? AND boot <> ?)"
         return bool(self._value(query, number, boot))
 

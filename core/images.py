@@ -124,7 +124,7 @@ class Images:
 
     def _record(self, name: str, manifest: bytes, config: bytes, chain: builtins.list[str]) -> Image:
         manifest_digest, config_digest = self._blobs.put(manifest), self._blobs.put(config)
-        with self._database.transaction():
+        with self._database.transaction(durable=True):
             self._check_names((name,), config)
             if (row := self._database.image(name)) is None:
                 created = datetime.now(UTC).isoformat()

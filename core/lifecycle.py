@@ -6,8 +6,9 @@ import dataclasses
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
-from layerfs.database import NOBODY, Row, State, checked_text, encoded
+from layerfs.database import Row, State, checked_text, encoded
 from layerfs.driver import Capability
 from layerfs.errors import (
     AlreadyExists,
@@ -15,7 +16,6 @@ from layerfs.errors import (
     EnvironmentUnfit,
     FailedPrecondition,
     InvalidArgument,
-    LayerfsError,
     NotFound,
 )
 from layerfs.layer import Kind, Layer
@@ -24,6 +24,9 @@ from layerfs.recovery import Recovery
 from layerfs.session import Session
 from layerfs.settling import boot
 from layerfs.transfer import Transfer
+
+_REMOVED: Final = " (removed "
+"""Stands in the key of a layer whose data is not gone yet, after the key that it had."""
 
 
 class Lifecycle:
@@ -62,7 +65,7 @@ class Lifecycle:
             try:
                 self._create(row, size)
             except BaseException:
-                self._undo(row)
+                self._recovery.finish_or_give_up(row)
                 raise
         return dataclasses.replace(row, state=State.READY, owner=None)
 
@@ -95,14 +98,14 @@ class Lifecycle:
         row = self._numbered(row.number)
         try:
             self._recovery.seal(row)
-        except LayerfsError as error:
+        except Exception as error:  # but an interruption ends the session, and leaves it to the next one
             self._recovery.give_up(row, error)
             raise
         return self._numbered(row.number).layer
 
     def remove(self, key: str, *, wait: bool) -> None:
         """Take a layer away; without ``wait``, its data some time later, and its key is free at once."""
-        if wait:
+        if wait and self._database.children(self._session.removable(key).number):  # which may be about to go
             self.wait()
         self._session.reserve.use()
         with self._database.transaction():
@@ -118,13 +121,21 @@ class Lifecycle:
                 self._recovery.remove(row)
             else:
                 self._mounting.take_down(row)
-        except LayerfsError as error:
+                self.remove_later(row)
+        except Exception as error:
             self._recovery.give_up(row, error)
             raise
-        if not wait:
-            self._database.change(row.number, key=f"{key} (removed {secrets.token_hex(8)})")
-            self._going.add(row.number)
-            self._removals.submit(self._remove_data, row)
+
+    def remove_later(self, row: Row) -> None:
+        """Take a layer away in a thread that this session has begun to make or to remove; its key is free at once."""
+        key = f"{row.key.partition(_REMOVED)[0]}{_REMOVED}{secrets.token_hex(8)})"
+        self._database.change(row.number, key=key, state=State.REMOVING)
+        self._going.add(row.number)
+        self._removals.submit(self._remove_data, self._numbered(row.number))
+
+    def close(self) -> None:
+        """Wait for the removal that is under way; those that have not begun are left to the next session."""
+        self._removals.shutdown(cancel_futures=True)
 
     def wait(self) -> None:
         """Wait for the removals that nobody has waited for."""
@@ -133,9 +144,7 @@ class Lifecycle:
 
     def _remove_data(self, row: Row) -> None:
         try:
-            self._recovery.remove(row)
-        except LayerfsError:
-            self._database.change(row.number, owner=NOBODY)  # `Recovery.run` tries again
+            self._recovery.finish_or_give_up(row)
         finally:
             self._going.discard(row.number)
 
@@ -148,12 +157,6 @@ class Lifecycle:
         with self._database.transaction():
             self._database.own_volume(row.volume, None)
             self._database.change(row.number, state=State.READY, owner=None)
-
-    def _undo(self, row: Row) -> None:
-        try:
-            self._recovery.remove(row)
-        except LayerfsError:
-            self._database.change(row.number, owner=NOBODY)
 
     def _parent(self, name: str) -> int | None:
         """The number of the committed layer of this key, or of the topmost layer of the image of this name."""
@@ -170,8 +173,8 @@ class Lifecycle:
             raise InvalidArgument(f"the layer {name!r} is {row.kind}; only a committed layer can be a parent")
         if self._database.is_doubtful(row.number, boot()):
             raise Damaged(
-                f"the layer {name!r} was committed just before the machine went down, and its files may be incomplete; "
-                "unpack it again, or accept it as it is with `layerfs check --repair`"
+                f"the layer {name!r} was committed just before the machine went down, or writing it out failed, and "
+                "its files may be incomplete; unpack it again, or accept it as it is with `layerfs check --repair`"
             )
         return row.number
 

@@ -61,17 +61,21 @@ def open_session(root: Path, wanted: Wanted, *, create: bool) -> Session:
 
 
 def close_session(session: Session) -> None:
-    """End a session; the last one takes the backing down, where nothing uses it."""
-    session.driver.close()
-    with session.locks.exclusive(SETUP):
+    """End a session; the last one takes the backing down, where nothing uses it.
+
+    What the session has not finished stays its own: whoever opens the store next finds an owner that lives no more.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(session.locks.close)  # whatever fails here, the session lives no more
+        stack.callback(session.database.close)
+        session.driver.close()
+        stack.enter_context(session.locks.exclusive(SETUP))
         others = [number for number in session.database.sessions() if number != session.number]
         if not any(map(session.locks.is_held, others)):
             with contextlib.suppress(FailedPrecondition):  # something of it is mounted: a later session takes it down
                 session.backing.down()
         with contextlib.suppress(OutOfSpace):  # whoever opens the store next does it
             session.database.end_session(session.number)
-        session.database.close()
-    session.locks.close()
 
 
 def _enter(root: Path, *, create: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.database import NOBODY, Database, Row, State
 from layerfs.driver import Driver
-from layerfs.errors import FailedPrecondition, NotFound, refused
-from layerfs.kernel.libc import check, libc
+from layerfs.errors import FailedPrecondition, LayerfsError, NotFound
 from layerfs.locks import LockFile
 from layerfs.reserve import Reserve
+
+log = logging.getLogger("layerfs")
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -85,9 +87,10 @@ class Session:
     def worker(self, row: Row) -> str:
         """Who is at work on a layer, for people."""
         what = {State.BUSY: "using it for a diff or an apply", State.SEALING: "committing it"}.get(row.state, "at it")
-        if row.owner in (None, NOBODY):
+        pid = self.database.sessions().get(row.owner or NOBODY)
+        if pid is None:
             return "an operation on it failed half-way; run `layerfs check --repair`"
-        return f"process {self.database.sessions().get(row.owner, '?')} is {what}"
+        return f"process {pid} is {what}"
 
     # Work on volumes
 
@@ -101,11 +104,30 @@ class Session:
             with mounts.opened(self.driver.mounts(volume, parents)) as root:
                 os.utime(root, ns=(0, 0))
 
-    def discard(self, volume: int) -> None:
-        """Take a volume away that belongs to no layer, with its record."""
-        self.driver.remove(named(volume))
-        self.record(volume).unlink(missing_ok=True)
-        self.database.delete_volume(volume)
+    def discard(self, volume: int) -> bool:
+        """Take a volume away that belongs to no layer, with its record; whether that was done.
+
+        What fails is logged, and left to `Store.cleanup`.
+        """
+        try:
+            self.driver.remove(named(volume))
+            self.record(volume).unlink(missing_ok=True)
+            self.database.delete_volume(volume)
+        except Exception as error:
+            log_failure(f"removing the volume {named(volume)!r} is left for later", error)
+        else:
+            return True
+        try:
+            self.reserve.use()
+            self.database.own_volume(volume, NOBODY)
+        except LayerfsError as error:  # it stays this session's, and the next one sees to it
+            log_failure(f"noting that of the volume {named(volume)!r}", error)
+        return False
+
+    def note(self, layer: int, **values: str | int | None) -> None:
+        """Set columns of a layer when work on it has ended or failed, if need be in the space that is set aside."""
+        self.reserve.use()
+        self.database.change(layer, **values)
 
     def forget_diff(self, row: Row) -> None:
         """Forget the diff ID of an active layer, and its record: it may be written to from now on."""
@@ -114,15 +136,10 @@ class Session:
             self.database.change(row.number, diff_id="", diff_size=0, diff_entries=0, record="")
             self.record(row.volume).unlink(missing_ok=True)
 
-    def sync(self) -> None:
-        """Have the data on the backing written out, see syncfs(2). Raises `OutOfSpace`, `KernelRefused`."""
-        fd = os.open(self.backing.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            check(libc.syncfs(fd))
-        except OSError as error:
-            raise refused(f"writing out the data of the store {str(self.root)!r}", error) from error
-        finally:
-            os.close(fd)
+
+def log_failure(what: str, error: Exception) -> None:
+    """Log what nobody waits for; of a fault in layerfs, where it is."""
+    log.warning("%s: %s", what, error, exc_info=None if isinstance(error, LayerfsError) else error)
 
 
 def named(number: int) -> str:

@@ -4,20 +4,27 @@ A commit is marked in the database before it begins, with the machine's boot. Th
 the data out: before `Store.commit` returns, or a moment later for all commits of that moment together. A mark of an
 earlier boot says that the machine went down in between: files of that layer may be empty or short, and nothing but its
 diff ID can tell.
+
+The same is so where syncfs(2) fails. The kernel tells of what it could not write once and forgets it, so that the next
+success means nothing for what was marked before: those marks become marks of no boot.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
+import logging
+import os
 import threading
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from layerfs.errors import LayerfsError
-from layerfs.session import Session
+from layerfs.errors import refused
+from layerfs.kernel.libc import check, libc
+from layerfs.session import Session, log_failure
+
+log = logging.getLogger("layerfs")
 
 _PAUSE: Final = 1.0
 """Seconds from a commit to the writing out of its data, where that comes later."""
@@ -41,21 +48,52 @@ class Settling:
     """
 
     def __init__(self, session: Session, sync: Sync) -> None:
-        self.sync: Final = sync
+        self.when: Final = sync
         self._session = session
         self._database = session.database
         self._some = threading.Event()
         self._closing = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def sync(self) -> None:
+        """Have the data on the backing written out, see syncfs(2). Raises `OutOfSpace`, `KernelRefused`."""
+        step = f"writing out the data of the store {str(self._session.root)!r}"
+        try:
+            fd = os.open(self._session.backing.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise refused(step, error) from error
+        try:
+            if self._failed:
+                self._doubt()
+            check(libc.syncfs(fd))
+        except OSError as error:
+            self._failed = True
+            self._doubt()
+            raise refused(step, error) from error
+        finally:
+            os.close(fd)
+
+    def _doubt(self) -> None:
+        """After a failure: what is marked cannot be trusted any more."""
+        self._session.reserve.use()
+        for name in self._database.doubt(boot()):
+            log.error("files of the layer %r may be incomplete, as writing them out failed; run `layerfs check`", name)
+        self._failed = False
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a commit is to outlast a crash of the machine when it returns."""
+        return self.when is Sync.COMMIT
 
     def write_out(self, numbers: Iterable[int]) -> None:
         """Write out the data of marked layers and take their marks away: now, or in a thread a moment later.
 
         Raises `OutOfSpace`, `KernelRefused`.
         """
-        if self.sync is Sync.COMMIT:
-            self._session.sync()
+        if self.is_waited_for:
+            self.sync()
             self._database.settle(numbers, boot())
             return
         with self._starting:
@@ -67,7 +105,7 @@ class Settling:
     def settle(self) -> None:
         """Write out all that is marked with this boot, by whatever session. Raises `OutOfSpace`, `KernelRefused`."""
         if marked := self._database.unsettled(boot()):
-            self._session.sync()
+            self.sync()
             self._database.settle(marked, boot())
 
     def close(self) -> None:
@@ -77,16 +115,21 @@ class Settling:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            with contextlib.suppress(LayerfsError):
-                self.settle()
+            self.try_to_settle()
+
+    def try_to_settle(self) -> None:
+        """As `settle`; what fails is logged, and the marks stay for another time."""
+        try:
+            self.settle()
+        except Exception as error:
+            log_failure("layers that were committed are not written out yet", error)
 
     def _work(self) -> None:
         while not self._closing.is_set():
             self._some.wait()
             self._closing.wait(_PAUSE)
             self._some.clear()
-            with contextlib.suppress(LayerfsError):  # the marks stay, and the next commit tries again
-                self.settle()
+            self.try_to_settle()
 
 
 @cache

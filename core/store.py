@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Self
@@ -46,6 +46,8 @@ class Store:
         create: make the store where there is none.
         force: make a backing on a device even if that holds data, which is lost then.
         sync: when data of committed layers is written out; an import always waits for it.
+        background: what was being removed when a process ended is taken away in a thread once the store is open, not
+            before.
 
     Raises `NotFound` (there is no store, and it shall not be made), `InvalidArgument` (another driver, another backing,
     a directory that holds something else), `EnvironmentUnfit`, `OutOfSpace`, `KernelRefused`.
@@ -64,6 +66,7 @@ class Store:
         create: bool = True,
         force: bool = False,
         sync: Sync = Sync.COMMIT,
+        background: bool = False,
     ) -> None:
         self._session: Session = open_session(Path(root), Wanted(driver, options, backing, force), create=create)
         self._database = self._session.database
@@ -72,11 +75,11 @@ class Store:
         self._recovery = Recovery(self._session, self._mounting, self._settling)
         self._transfer = Transfer(self._session, self._mounting)
         self._lifecycle = Lifecycle(self._session, self._mounting, self._recovery, self._transfer)
-        self._unpacking = Unpacking(self._session)
+        self._unpacking = Unpacking(self._session, self._settling)
         self._closed = False
         try:
             self.images = Images(self, self._database, self._session.reserve)
-            self._recovery.run()
+            self._recovery.run(remove=self._lifecycle.remove_later if background else None)
         except BaseException:
             self.close()
             raise
@@ -88,13 +91,17 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Give back what this object holds; mounts made with `mount` stay. Idempotent."""
+        """Give back what this object holds; mounts made with `mount` stay. Idempotent.
+
+        Of the data that is to go in a thread, what has not begun to go is left to the next opening.
+        """
         if not self._closed:
             self._closed = True
-            self._lifecycle.wait()
-            self._mounting.release()
-            self._settling.close()
-            close_session(self._session)
+            with ExitStack() as stack:  # from the last to the first, whatever fails
+                stack.callback(close_session, self._session)
+                stack.callback(self._settling.close)
+                stack.callback(self._mounting.release)
+                stack.callback(self._lifecycle.close)
 
     @property
     def root(self) -> Path:
@@ -149,8 +156,8 @@ class Store:
         """Remove a layer with the store's own mounts of it.
 
         Args:
-            wait: for its data to be gone. Else the key is free at once, and the data goes in a thread; what cannot be
-                taken away then is tried again by `cleanup`.
+            wait: for its data to be gone. Else the key is free at once, and the data goes in a thread, or when the
+                store is opened next; what cannot be taken away then is tried again by `cleanup`.
 
         Raises `NotFound`, `FailedPrecondition` (it has children, an image stands on it, it is in use).
         """

@@ -12,7 +12,7 @@ from layerfs.apply import Applied
 from layerfs.database import RecordKind, Row, State
 from layerfs.diff import Written, nowhere, write_diff
 from layerfs.driver import Change
-from layerfs.errors import Damaged, FailedPrecondition, LayerfsError
+from layerfs.errors import Damaged, FailedPrecondition
 from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.mounting import Mounting
@@ -119,7 +119,7 @@ class Transfer:
                 applied = filling.fill()
                 shape = filling.shape() if fresh else ""
             except BaseException:
-                self._discard(copy)
+                self._session.discard(copy)
                 raise
             with self._database.transaction():
                 self._database.change(row.number, volume=copy)
@@ -131,18 +131,13 @@ class Transfer:
             if not fresh:
                 self._session.forget_diff(row)
                 self._session.record(copy).unlink(missing_ok=True)
-            self._discard(row.volume)
+            self._session.discard(row.volume)
             return applied
 
     def _has_content(self, row: Row) -> bool:
         """Whether an active layer changes anything against its parent, or against an empty tree."""
         with self._changes(row) as (changes, _):
             return any(change.path or row.parent for change in changes)
-
-    def _discard(self, volume: int) -> None:
-        """Take a volume away; where that fails, recovery will try again when this session is gone."""
-        with contextlib.suppress(LayerfsError):
-            self._session.discard(volume)
 
     # Steps
 
@@ -165,7 +160,7 @@ class Transfer:
         try:
             yield row
         finally:
-            self._database.change(row.number, state=State.READY, owner=None)
+            self._session.note(row.number, state=State.READY, owner=None)
 
     @contextmanager
     def _changes(self, row: Row) -> Iterator[tuple[Iterator[Change], int]]:

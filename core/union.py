@@ -128,13 +128,16 @@ class UnionDriver(Driver):
         place = self._dirs.path(volume)
         if not place.exists():
             raise Damaged(f"sealing the volume {volume!r}: it does not exist; run `layerfs check`")
-        if (place / WORK).exists():
-            self.complete(volume, parents)
-            os.rename(place / WORK, place / _GONE)
-        with opened(place) as fd:
-            if not _is_hollow(place / _GONE):
-                remove_tree(fd, _GONE)
-            remove_tree(fd, _EMPTY)
+        try:
+            if (place / WORK).exists():
+                self.complete(volume, parents)
+                os.rename(place / WORK, place / _GONE)
+            with opened(place) as fd:
+                if not _is_hollow(place / _GONE):
+                    remove_tree(fd, _GONE)
+                remove_tree(fd, _EMPTY)
+        except OSError as error:
+            raise refused(f"sealing the volume {volume!r}", error) from error
 
     def remove(self, volume: str) -> None:
         try:

@@ -19,11 +19,12 @@ from layerfs.apply import Applied
 from layerfs.database import RecordKind, Row, State
 from layerfs.diff import Written
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, BadLayer, LayerfsError
+from layerfs.errors import AlreadyExists, BadLayer
 from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
 from layerfs.session import Session, named
+from layerfs.settling import Settling
 
 _WORKERS: Final = 4
 """More unpack at once only where there are more processors; each has a thread beside it that decompresses."""
@@ -48,8 +49,9 @@ class BlobLayer:
 class Unpacking:
     """Unpacks images for one session."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, settling: Settling) -> None:
         self._session = session
+        self._settling = settling
         self._database = session.database
 
     def unpack(self, layers: Sequence[BlobLayer], *, devices: bool) -> None:
@@ -71,11 +73,10 @@ class Unpacking:
                         self._session.driver.seal(filling.volume, filling.parents)
                         applied.append(found)
                         shapes.append(filling.shape())
-                self._session.sync()
+                self._settling.sync()
             except BaseException:
                 for volume in reversed(volumes):
-                    with contextlib.suppress(LayerfsError):  # recovery tries again when this session is gone
-                        self._session.discard(volume)
+                    self._session.discard(volume)
                 raise
             self._insert(missing, volumes, applied, shapes, base)
 
@@ -140,7 +141,7 @@ class Unpacking:
         base: Row | None,
     ) -> None:
         parent = None if base is None else base.number
-        with self._database.transaction():
+        with self._database.transaction(durable=True):
             for layer, volume, found, shape in zip(layers, volumes, applied, shapes, strict=True):
                 self._database.own_volume(volume, None)
                 parent = self._database.insert(

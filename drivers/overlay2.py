@@ -131,8 +131,11 @@ class Overlay2Driver(UnionDriver):
     def seal(self, volume: str, parents: Sequence[str]) -> None:
         super().seal(volume, parents)
         if self._settings["volatile"] == "on":
-            with opened(self.upper_path(volume)) as fd:
-                checked(libc.syncfs(fd))
+            try:
+                with opened(self.upper_path(volume)) as fd:
+                    checked(libc.syncfs(fd))
+            except OSError as error:
+                raise refused(f"writing out the volume {volume!r}", error) from error
 
     def is_complete(self, volume: str) -> bool:
         return not any(self._pending(volume))

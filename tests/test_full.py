@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -107,5 +108,26 @@ def test_layers_are_removed_from_a_full_disk_that_the_database_is_on_too(tmp_pat
             assert store.check() == []
             store.prepare("again", "base")
         assert (root / "reserve").stat().st_size == 8 * MIB
+    finally:
+        disk.destroy()
+
+
+def test_an_operation_that_fails_on_a_full_disk_leaves_no_layer_busy(tmp_path: Path) -> None:
+    disk = Backing.create(tmp_path / "disk", BackingSpec("ext4", size=100 * MIB))
+    disk.up()
+
+    class Full(io.RawIOBase):
+        """A stream that cannot be written to, because the disk is full by then."""
+
+        def write(self, _data: object, /) -> int:
+            fill(disk.path)
+            raise OSError(errno.ENOSPC, "no space left")
+
+    try:
+        with Store(disk.path / "store", "vfs") as store:
+            store.prepare("work")
+            with pytest.raises(OutOfSpace, match="writing the archive"):
+                store.diff("work", Full())  # type: ignore[arg-type]
+            store.diff("work", io.BytesIO())
     finally:
         disk.destroy()

@@ -410,6 +410,7 @@ def test_printed_configuration_is_what_engines_read(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
     text = layerfs("serve", "containerd", "--print-unit", *where)
     assert f"ListenStream={tmp_path / 's.sock'}" in text
+    assert "TimeoutStartSec=infinity" in text.splitlines()
     verify = shutil.which("systemd-analyze")
     if verify:
         service, listening = text.split("# /etc/systemd/system/layerfs-containerd.socket")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sqlite3
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from layerfs.errors import Damaged
-from layerfs.session import Session
-from layerfs.settling import Sync
+from layerfs.backing import Backing, BackingSpec
+from layerfs.errors import Damaged, LayerfsError
+from layerfs.settling import Settling, Sync
 from layerfs.store import Store
 from layerfs.testing.engines import wait_until
 
@@ -24,20 +27,52 @@ MakeStore = Callable[..., Store]
 def syncs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The roots of the stores whose data was written out, one for each time."""
     seen: list[Path] = []
-    real = Session.sync
+    real = Settling.sync
 
-    def sync(self: Session) -> None:
+    def sync(self: Settling) -> None:
         real(self)
-        seen.append(self.root)
+        seen.append(self._session.root)
 
-    monkeypatch.setattr(Session, "sync", sync)
+    monkeypatch.setattr(Settling, "sync", sync)
     return seen
+
+
+@pytest.fixture
+def filler(tmp_path: Path) -> Iterator[Path]:
+    """A file that, where it is there, takes all space from below the data of the store ``tmp_path / "store"``.
+
+    Nothing says so but writing out, which fails then.
+    """
+    Store(tmp_path / "store", "vfs").close()
+    below, data = tmp_path / "below", tmp_path / "store" / "data"
+    below.mkdir()
+    with contextlib.ExitStack() as stack:
+        run("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", below)
+        stack.callback(run, "umount", below)
+        with open(below / "image", "wb") as image:
+            image.truncate(64 << 20)
+        run("mkfs.ext4", "-q", "-O", "^has_journal", below / "image")
+        run("mount", "-o", "loop", below / "image", data)
+        stack.callback(run, "umount", data)
+        (data / "lost+found").rmdir()
+        run("sync", "-f", data)
+        yield below / "filler"
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True)
+
+
+def fill(filler: Path) -> None:
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
 
 
 def filled(store: Store, name: str, *, digest: bool = False) -> None:
     store.prepare("work")
     with store.mounted("work") as root:
-        (root / "file").write_text("content")
+        (root / "file").write_text("content" * 10_000)
     store.commit(name, "work", digest=digest)
 
 
@@ -130,3 +165,66 @@ def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
     with Store(tmp_path / "old") as store:
         store.prepare("child", "base")
         assert store.commit("top", "child").parent == "base"
+
+
+def test_what_could_not_be_written_out_is_in_doubt_though_the_next_time_goes_well(
+    filler: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store(tmp_path / "store", sync=Sync.LATER) as store:
+        fill(filler)
+        filled(store, "base")
+        wait_until(lambda: "are not written out yet" in caplog.text, "writing out fails")
+        assert "files of the layer 'base' may be incomplete" in caplog.text
+        filler.unlink()
+        filled(store, "other")
+        wait_until(lambda: len(marks(store)) == 1, "the other layer is written out")
+        store.prepare("child", "other")
+        with pytest.raises(Damaged, match="writing it out failed"):
+            store.prepare("next", "base")
+
+
+def test_a_commit_that_could_not_be_written_out_is_in_doubt_when_it_is_finished(filler: Path, tmp_path: Path) -> None:
+    with Store(tmp_path / "store") as store:
+        fill(filler)
+        with pytest.raises(LayerfsError, match="writing out the data"):
+            filled(store, "base")
+        filler.unlink()
+        assert store.cleanup() == ["finished the commit of the layer 'work' to 'base'"]
+        with pytest.raises(Damaged, match="writing it out failed"):
+            store.prepare("next", "base")
+
+
+def test_data_that_cannot_be_opened_is_not_in_doubt_and_written_out_another_time(
+    make_store: MakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store("vfs", sync=Sync.LATER)
+    filled(store, "base")
+    data, away = store.root / "data", store.root / "away"
+    data.rename(away)  # as where there are no more descriptors
+    try:
+        wait_until(lambda: "are not written out yet" in caplog.text, "writing out fails")
+    finally:
+        away.rename(data)
+    filled(store, "other")
+    wait_until(lambda: not marks(store), "the data is written out")
+
+
+@pytest.mark.parametrize("inner", [None, BackingSpec("ext4", size=64 << 20)])
+def test_a_commit_that_has_returned_outlasts_a_crash(tmp_path: Path, inner: BackingSpec | None) -> None:
+    """What the device below a file system holds at that moment is what a crash leaves."""
+    disk = Backing.create(tmp_path / "disk", BackingSpec("ext4", size=200 << 20))
+    disk.up()
+    try:
+        with Store(disk.path / "store", "vfs", backing=inner) as store:
+            filled(store, "base")
+            shutil.copytree(tmp_path / "disk", tmp_path / "copy", ignore=shutil.ignore_patterns("data"))
+        after = Backing(tmp_path / "copy")
+        after.up()
+        try:
+            with contextlib.closing(sqlite3.connect(after.path / "store" / "layerfs.db")) as connection:
+                assert connection.execute("SELECT key, state FROM layers").fetchall() == [("base", "ready")]
+                assert connection.execute("SELECT * FROM unsettled").fetchall() == []
+        finally:
+            after.destroy()
+    finally:
+        disk.destroy()

@@ -100,10 +100,11 @@ def open_store(
     backing: BackingSpec | None = None,
     force: bool = False,
     sync: str = "commit",
+    background: bool = False,
 ) -> Iterator[Store]:
     """The store that the options name, in a user namespace where the caller is not root.
 
-    ``sync`` is one of `layerfs.settling.Sync`.
+    ``sync`` is one of `layerfs.settling.Sync`; for the others see `layerfs.store.Store`.
 
     Raises what `layerfs.store.Store` and `layerfs.kernel.userns.enter` do.
     """
@@ -116,7 +117,14 @@ def open_store(
     userns.enter()
     when = Sync(sync)
     with Store(
-        root, chosen.driver, options=options or {}, backing=backing, create=create, force=force, sync=when
+        root,
+        chosen.driver,
+        options=options or {},
+        backing=backing,
+        create=create,
+        force=force,
+        sync=when,
+        background=background,
     ) as store:
         yield store
 

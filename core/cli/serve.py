@@ -124,7 +124,7 @@ def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=form)
     sys.setswitchinterval(_SWITCH)
-    with open_store(create=True, sync=sync) as store:
+    with open_store(create=True, sync=sync, background=True) as store:
         gc.collect()
         gc.freeze()  # all that was imported stays as it is, and would be gone through for cycles again and again
         run(store, socket, requests)

@@ -65,6 +65,8 @@ Restart=on-failure
 PrivateMounts=no
 # Programs that serve mounts (aufs, ZFS in user space) go on when the server ends, and containers with them.
 KillMode=process
+# Before it is ready, it finishes what a crash has broken off, however long that takes.
+TimeoutStartSec=infinity
 TimeoutStopSec=45
 
 [Install]
