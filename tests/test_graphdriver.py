@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from layerfs import mount_table, registry
+from layerfs.serve.graphdriver import GraphDriver
 from layerfs.store import Store
 from layerfs.testing.engines import Served, layerfs, wait_until
 from layerfs.testing.guests import every_driver
@@ -98,6 +99,8 @@ def client(served: Served) -> Iterator[Client]:
             store.remove(layer.key)
 
 
+LARGE = tar_of({"large": b"x" * (2 * MIB)})
+HALF = len(LARGE) // 2  # more than waits in a socket: who has sent that much is being listened to
 TAR = tar_of({"etc": None, "etc/a": b"one" * 1000, "big": b"x" * 300_000})
 
 
@@ -257,6 +260,35 @@ def test_many_requests_at_once(client: Client, served: Served) -> None:
     assert "nothing is wrong" in layerfs("check", "--root", served.root)
 
 
+def test_a_layer_that_is_being_sent_can_be_a_parent(client: Client) -> None:
+    client("Create", ID="base")
+    client.apply("base", "", LARGE)
+    with closing(client.connect()) as sending:
+        sending.request("POST", "/GraphDriver.Diff", b'{"ID": "base"}')
+        tar = sending.getresponse()  # its beginning; the rest waits for who reads it
+        client("CreateReadWrite", ID="top", Parent="base")
+        assert tar.read() == LARGE
+
+
+def test_a_layer_that_is_in_use_does_not_keep_others_mounted(client: Client) -> None:
+    places = {}
+    for key in ("one", "two", "three"):
+        client("Create", ID=key)
+        places[key] = Path(client("Get", ID=key)["Dir"])
+    with open(places["two"] / "file", "w"):
+        client("Cleanup", error="in use")
+        mounted = {point.target for point in mount_table.read()}
+        assert [key for key, place in places.items() if place in mounted] == ["two"]
+    client("Cleanup")
+
+
+def test_locks_are_not_kept(make_store: Callable[..., Store]) -> None:
+    driver = GraphDriver(make_store("overlay2"))
+    for number in range(10):
+        driver.create({"ID": f"layer {number}"})
+    assert not driver._locks
+
+
 def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
     served = Served("docker", "vfs", tmp_path)
     served.start()
@@ -287,10 +319,6 @@ def plain(tmp_path: Path) -> Iterator[Served]:
     yield served
     if served.process is not None and served.process.poll() is None:
         served.stop(signal.SIGKILL)
-
-
-LARGE = tar_of({"large": b"x" * (2 * MIB)})
-HALF = len(LARGE) // 2  # more than waits in a socket: who has sent that much is being listened to
 
 
 def half_sent(client: Client) -> http.client.HTTPConnection:
