@@ -157,6 +157,28 @@ def test_what_was_changed_or_lost_at_docker_is_refused(
     refused(BadLayer, "is missing")
 
 
+@with_docker
+def test_what_a_killed_docker_has_left_is_passed_over(
+    docker_root: tuple[Path, str], make_store: MakeStore, tmp_path: Path
+) -> None:
+    whole, identity = docker_root
+    root = tmp_path / "docker"
+    root.mkdir()
+    (driver,) = os.listdir(whole / "image")
+    subprocess.run(["cp", "-a", whole / "image", whole / driver, root], check=True)
+    images = root / "image" / driver / "imagedb/content/sha256"
+    store = make_store("overlay2")
+    before = store.images.import_(root, kind="docker")
+    for place in (images, root / "image" / driver / "layerdb/sha256"):
+        (place / f".tmp-{identity[7:]}123").write_text("{")
+    (root / "image" / driver / "layerdb/tmp/write-set-1").mkdir(parents=True)
+    assert store.images.import_(root, kind="docker") == before
+    other = images / ("0" * 64)
+    other.write_text("{")  # whatever its content is, this one claims to be an image
+    with pytest.raises(BadLayer, match=f"{other.name}' is damaged"):
+        store.images.import_(root, kind="docker")
+
+
 # -- podman, buildah and all that use containers/storage ---------------------------------------------------------------
 
 

@@ -9,15 +9,18 @@ import os
 import random
 import signal
 import socket
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerfs import mount_table, registry
+from layerfs.serve.graphdriver import GraphDriver
 from layerfs.store import Store
 from layerfs.testing.engines import Served, layerfs, wait_until
 from layerfs.testing.guests import every_driver
@@ -96,6 +99,8 @@ def client(served: Served) -> Iterator[Client]:
             store.remove(layer.key)
 
 
+LARGE = tar_of({"large": b"x" * (2 * MIB)})
+HALF = len(LARGE) // 2  # more than waits in a socket: who has sent that much is being listened to
 TAR = tar_of({"etc": None, "etc/a": b"one" * 1000, "big": b"x" * 300_000})
 
 
@@ -255,6 +260,35 @@ def test_many_requests_at_once(client: Client, served: Served) -> None:
     assert "nothing is wrong" in layerfs("check", "--root", served.root)
 
 
+def test_a_layer_that_is_being_sent_can_be_a_parent(client: Client) -> None:
+    client("Create", ID="base")
+    client.apply("base", "", LARGE)
+    with closing(client.connect()) as sending:
+        sending.request("POST", "/GraphDriver.Diff", b'{"ID": "base"}')
+        tar = sending.getresponse()  # its beginning; the rest waits for who reads it
+        client("CreateReadWrite", ID="top", Parent="base")
+        assert tar.read() == LARGE
+
+
+def test_a_layer_that_is_in_use_does_not_keep_others_mounted(client: Client) -> None:
+    places = {}
+    for key in ("one", "two", "three"):
+        client("Create", ID=key)
+        places[key] = Path(client("Get", ID=key)["Dir"])
+    with open(places["two"] / "file", "w"):
+        client("Cleanup", error="in use")
+        mounted = {point.target for point in mount_table.read()}
+        assert [key for key, place in places.items() if place in mounted] == ["two"]
+    client("Cleanup")
+
+
+def test_locks_are_not_kept(make_store: Callable[..., Store]) -> None:
+    driver = GraphDriver(make_store("overlay2"))
+    for number in range(10):
+        driver.create({"ID": f"layer {number}"})
+    assert not driver._locks
+
+
 def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
     served = Served("docker", "vfs", tmp_path)
     served.start()
@@ -273,3 +307,62 @@ def test_a_server_killed_in_the_middle_of_an_apply(tmp_path: Path) -> None:
     assert client.diff("base") == TAR
     assert served.stop() == 0
     assert "nothing is wrong" in layerfs("check", "--root", served.root)
+
+
+# -- the end of the server ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[Served]:
+    """A server of its own for a test that ends it, on the driver that needs least."""
+    served = Served("docker", "vfs", tmp_path)
+    yield served
+    if served.process is not None and served.process.poll() is None:
+        served.stop(signal.SIGKILL)
+
+
+def half_sent(client: Client) -> http.client.HTTPConnection:
+    """An ApplyDiff to the layer ``base`` that is at work, and waits for the rest of its tar."""
+    client("Create", ID="base")
+    connection = client.connect()
+    connection.putrequest("POST", "/GraphDriver.ApplyDiff?id=base&parent=")
+    connection.putheader("Content-Length", str(len(LARGE)))
+    connection.endheaders()
+    connection.send(LARGE[:HALF])
+    return connection
+
+
+def test_a_server_that_stops_finishes_what_it_does_and_takes_no_more(plain: Served) -> None:
+    plain.start()
+    client = Client(plain.socket)
+    with closing(client.connect()) as kept, closing(half_sent(client)) as applying:
+        kept.request("POST", "/GraphDriver.Exists", b'{"ID": "none"}')
+        assert kept.getresponse().read()
+        assert plain.process is not None
+        plain.process.terminate()
+        wait_until(lambda: not plain.socket.exists(), "the server takes no more")
+        kept.request("POST", "/GraphDriver.Create", b'{"ID": "late"}')
+        answer = kept.getresponse()
+        assert (answer.status, answer.getheader("Connection")) == (503, "close")
+        assert "is stopping" in json.loads(answer.read())["Err"]
+        applying.send(LARGE[HALF:])
+        assert json.loads(applying.getresponse().read()) == {"Err": "", "Size": 2 * MIB}
+    assert plain.process.wait(60) == 0
+    assert "fault" not in plain.log.read_text()
+    with Store(plain.root) as store:
+        assert {layer.key for layer in store.list()} == {"base", "base (shown)"}
+    assert "nothing is wrong" in layerfs("check", "--root", plain.root)
+
+
+IMPATIENT = "from layerfs.serve import docker; docker._GRACE = 0; from layerfs.cli import main; main()"
+
+
+def test_a_client_that_keeps_a_stopping_server_waiting_is_broken_off(plain: Served) -> None:
+    at = plain.command.index("serve")
+    plain.command[:at] = [sys.executable, "-c", IMPATIENT]
+    plain.start()
+    with closing(half_sent(Client(plain.socket))):
+        assert plain.stop() == 0
+    log = plain.log.read_text()
+    assert "ApplyDiff 'base'" in log  # the request came to its end before the store was closed
+    assert log.index("ApplyDiff 'base'") < log.index("stopped")

@@ -25,7 +25,7 @@ import pytest
 from layerfs import registry
 from layerfs.driver import Capability
 from layerfs.store import Store
-from layerfs.testing.engines import Served, layerfs, program, wait_until
+from layerfs.testing.engines import Served, layerfs, listens, program, wait_until
 from layerfs.testing.guests import every_driver
 
 grpc = pytest.importorskip("grpc", reason="layerfs[serve] is not installed")
@@ -283,6 +283,20 @@ def test_the_socket_is_private_and_served_once(plain: Served) -> None:
     assert plain.socket.exists()
     plain.start()  # what a killed server has left is no obstacle
     assert Client(plain.socket).keys() == []
+
+
+@pytest.mark.parametrize("engine", ["containerd", "docker"])
+def test_a_server_leaves_alone_the_socket_of_one_that_came_after_it(engine: str, tmp_path: Path) -> None:
+    before, after = (Served(engine, "vfs", tmp_path) for _ in range(2))
+    before.start()
+    before.socket.unlink()
+    try:
+        after.start()
+        assert before.stop() == 0
+        assert listens(after.socket)
+    finally:
+        assert after.stop() == 0
+    assert os.listdir(tmp_path) == ["layerfs.log", "store"]
 
 
 def test_what_is_no_socket_is_left_alone(plain: Served) -> None:

@@ -20,6 +20,7 @@ from layerfs.platforms import Platform
 from layerfs.sourceimage import Candidate, SourceImage
 
 _TREES: Final = {"overlay2": ("overlay2", "{}", "diff"), "vfs": ("vfs", "dir", "{}")}
+_ID: Final = re.compile("[0-9a-f]{64}")
 _CACHE_ID: Final = re.compile("[0-9a-f]{64}(-init)?")
 
 
@@ -35,11 +36,11 @@ def find(files: Files) -> list[Candidate]:
 
 def _candidates(files: Files, driver: str) -> list[Candidate]:
     names = _names(files, driver)
-    identities = [f"sha256:{name}" for name in files.names("image", driver, "imagedb", "content", "sha256")]
     found = []
-    for identity in identities:
-        load = partial(_load, files, driver, digest.checked(identity, "an image's ID"))
-        found.append(Candidate(tuple(names.get(identity, [identity])), load))
+    for name in files.names("image", driver, "imagedb", "content", "sha256"):
+        if _ID.fullmatch(name):  # else what a Docker that was killed has left of its writing
+            identity = f"sha256:{name}"
+            found.append(Candidate(tuple(names.get(identity, [identity])), partial(_load, files, driver, identity)))
     return found
 
 

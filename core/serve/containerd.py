@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -47,19 +47,18 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
         sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
         server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
         wait_for_stop = stack.enter_context(listening.stop_signals())
-        with listening.private(socket):
-            if not server.add_insecure_port(f"unix:{socket}"):
-                raise InvalidArgument(f"a socket cannot be made at {str(socket)!r}; choose another path")
-        stack.callback(_forget, socket)
-        server.start()
-        if given is not None:
-            listening.Relay(given, socket).start()
-        listening.notify("READY=1")
-        log.info("ready: %s on %s at %s", store.driver.name, store.root, "the socket of systemd" if given else socket)
-        wait_for_stop()
-        listening.notify("STOPPING=1")
-        log.info("stopping; requests under way are finished")
-        server.stop(_GRACE).wait()
+        with listening.bound(socket, partial(_bind, server)):
+            server.start()
+            if given is not None:
+                listening.Relay(given, socket).start()
+            listening.notify("READY=1")
+            at = "the socket of systemd" if given else socket
+            log.info("ready: %s on %s at %s", store.driver.name, store.root, at)
+            wait_for_stop()
+            listening.notify("STOPPING=1")
+            log.info("stopping; requests under way are finished")
+            finished = server.stop(_GRACE)
+        finished.wait()
     log.info("stopped")
 
 
@@ -71,6 +70,6 @@ def _check_root(root: Path) -> None:
         )
 
 
-def _forget(socket: Path) -> None:
-    with contextlib.suppress(OSError):
-        socket.unlink(missing_ok=True)
+def _bind(server: grpc.Server, socket: Path) -> None:
+    if not server.add_insecure_port(f"unix:{socket}"):
+        raise InvalidArgument(f"a socket cannot be made at {str(socket)!r}; choose another path")

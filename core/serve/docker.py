@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import logging
+import socket as sockets
 import socketserver
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -35,7 +37,7 @@ _LARGEST: Final = 1 << 20
 _LINE: Final = 1 << 10
 _CHUNK: Final = 1 << 18
 _GRACE: Final = 30.0
-"""Seconds that requests under way have when the server is told to stop."""
+"""Seconds that clients have to send, and to take, what belongs to requests under way when the server is stopped."""
 
 
 def serve(store: Store, socket: Path, requests: Requests) -> None:
@@ -47,14 +49,14 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
     driver = GraphDriver(store)
     given = listening.handed_over()
     with listening.stop_signals() as wait_for_stop:
-        if given is None:
-            with listening.private(socket):
-                server = _Server(str(socket), driver, requests)
-        else:
-            server = _Server("", driver, requests, bind=False)
-            server.socket.close()
-            server.socket = given
-        with contextlib.closing(server.socket):
+        with ExitStack() as stack:
+            if given is None:
+                server = stack.enter_context(listening.bound(socket, lambda at: _Server(str(at), driver, requests)))
+            else:
+                server = _Server("", driver, requests, bind=False)
+                server.socket.close()
+                server.socket = given
+            stack.callback(server.server_close)
             threading.Thread(target=server.serve_forever, daemon=True, name="listen").start()
             listening.notify("READY=1")
             log.info("ready: %s on %s at %s", store.driver.name, store.root, socket)
@@ -62,9 +64,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             listening.notify("STOPPING=1")
             log.info("stopping; requests under way are finished")
             server.shutdown()
-            server.wait_until_idle(_GRACE)
-        if given is None:
-            socket.unlink(missing_ok=True)
+        server.finish(_GRACE)
     log.info("stopped")
 
 
@@ -77,26 +77,40 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, path: str, driver: GraphDriver, requests: Requests, *, bind: bool = True) -> None:
         self.driver = driver
         self.requests = requests
-        self._working = 0
+        self._working: set[sockets.socket] = set()
+        self._stopping = False
         self._changed = threading.Condition()
         super().__init__(path, _Handler, bind_and_activate=bind)
 
-    @contextlib.contextmanager
-    def working(self) -> Any:
-        """A request is at work for the body."""
+    @contextmanager
+    def working(self, connection: sockets.socket) -> Iterator[bool]:
+        """A request is at work for the body; it must not be where this is False, for the server is stopping."""
         with self._changed:
-            self._working += 1
+            taken = not self._stopping
+            if taken:
+                self._working.add(connection)
         try:
-            yield
+            yield taken
         finally:
             with self._changed:
-                self._working -= 1
+                self._working.discard(connection)
                 self._changed.notify_all()
 
-    def wait_until_idle(self, seconds: float) -> None:
-        """Wait until no request is at work, at most so long."""
+    def shutdown(self) -> None:
+        """Take no more connections, and no more requests by those that there are."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._working, seconds)
+            self._stopping = True
+        super().shutdown()
+
+    def finish(self, seconds: float) -> None:
+        """Wait until no request is at work; those whose clients keep them waiting for longer are broken off."""
+        with self._changed:
+            if self._changed.wait_for(lambda: not self._working, seconds):
+                return
+            for connection in self._working:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(sockets.SHUT_RDWR)
+            self._changed.wait_for(lambda: not self._working)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone away is no matter; a fault of ours has been logged."""
@@ -111,31 +125,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answered = False
-        with self.server.working():
-            url = urlsplit(self.path)
-            body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
-            start = time.perf_counter()
-            name, subject = url.path.removeprefix("/GraphDriver."), ""
-            try:
-                if url.path == "/GraphDriver.ApplyDiff":
-                    subject = parse_qs(url.query).get("id", [""])[0]
-                    answer = self.server.driver.applydiff(subject, cast("BinaryIO", body))
-                    self._answer(answer)
-                else:
-                    request = _json(body)
-                    subject = str(request.get("ID", ""))
-                    self._dispatch(url.path, name, request)
-            except Exception as error:
-                self.server.requests.failed(name, subject, time.perf_counter() - start, error)
-                if isinstance(error, ConnectionError):  # it is broken, or the answer has begun
-                    self.close_connection = True
-                    return
-                body.drain()  # who is still sending does not listen yet
-                text = str(error) if isinstance(error, LayerfsError) else f"a fault in layerfs: {error!r}"
-                self._answer({"Err": text}, 500 if name == "Diff" else 200)
+        body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
+        with self.server.working(self.connection) as taken:
+            if taken:
+                self._work(body)
+                return
+        self.close_connection = True
+        body.drain()
+        self._answer({"Err": "the server is stopping; try again when it has been started again"}, 503)
+
+    def _work(self, body: _Body) -> None:
+        url = urlsplit(self.path)
+        start = time.perf_counter()
+        name, subject = url.path.removeprefix("/GraphDriver."), ""
+        try:
+            if url.path == "/GraphDriver.ApplyDiff":
+                subject = parse_qs(url.query).get("id", [""])[0]
+                answer = self.server.driver.applydiff(subject, cast("BinaryIO", body))
+                self._answer(answer)
             else:
-                self.server.requests.done(name, subject, time.perf_counter() - start)
-            body.drain()
+                request = _json(body)
+                subject = str(request.get("ID", ""))
+                self._dispatch(url.path, name, request)
+        except Exception as error:
+            self.server.requests.failed(name, subject, time.perf_counter() - start, error)
+            if isinstance(error, ConnectionError):  # it is broken, or the answer has begun
+                self.close_connection = True
+                return
+            body.drain()  # who is still sending does not listen yet
+            text = str(error) if isinstance(error, LayerfsError) else f"a fault in layerfs: {error!r}"
+            self._answer({"Err": text}, 500 if name == "Diff" else 200)
+        else:
+            self.server.requests.done(name, subject, time.perf_counter() - start)
+        body.drain()
 
     def _dispatch(self, path: str, name: str, request: Mapping[str, Any]) -> None:
         if path == "/Plugin.Activate":
@@ -164,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", _TYPE)
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+from weakref import WeakValueDictionary
 
 from layerfs.changes import compare
 from layerfs.diff import write_diff
 from layerfs.driver import Change, ChangeKind
-from layerfs.errors import AlreadyExists, InvalidArgument, NotFound
+from layerfs.errors import AlreadyExists, InvalidArgument, LayerfsError, NotFound
 from layerfs.layer import Kind, Layer
 from layerfs.sizes import parse_size
 from layerfs.store import Store
@@ -32,7 +33,7 @@ class GraphDriver:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._locks: dict[str, threading.RLock] = {}
+        self._locks: WeakValueDictionary[str, threading.RLock] = WeakValueDictionary()  # those that are held or awaited
         self._guard = threading.Lock()
 
     # Calls with an answer in JSON, by the name that follows ``/GraphDriver.`` in the protocol
@@ -117,12 +118,19 @@ class GraphDriver:
         return {"Metadata": {"Driver": self._store.driver.name, "Store": str(self._store.root), "Key": layer.key}}
 
     def cleanup(self, _request: Mapping[str, Any]) -> dict[str, Any]:
-        """Docker ends: unmount what is mounted, and finish what was broken off."""
+        """Docker ends: unmount what is mounted, and finish what was broken off. What stays mounted is told at last."""
+        stayed = []
         for layer in list(self._store.list("kind!=committed")):
-            with contextlib.suppress(NotFound):
+            try:
                 while True:
                     self._store.unmount(layer.key)
+            except NotFound:
+                continue
+            except LayerfsError as error:
+                stayed.append(str(error))
         self._store.cleanup()
+        if stayed:
+            raise LayerfsError("; ".join(stayed))
         return {}
 
     def changes(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +203,8 @@ class GraphDriver:
 
     def _finish(self, key: str) -> None:
         """Make a layer one that can be a parent, which nobody writes to any more."""
+        if self._layer(key).kind is Kind.COMMITTED:  # it stays so, and need not wait for a diff of it
+            return
         with self._locked(key):
             if self._layer(key).kind is Kind.ACTIVE:
                 self._store.commit(key, _writable(key), digest=False)

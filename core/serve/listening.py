@@ -9,17 +9,21 @@ import selectors
 import signal
 import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from layerfs.errors import AlreadyExists, InvalidArgument, refused
 
 _FIRST_HANDED_OVER: Final = 3  # sd_listen_fds(3)
 _LONGEST: Final = 107  # bytes of a path in struct sockaddr_un
+_APART: Final = len("/.12345678/s")
 _CHUNK: Final = 1 << 16
+
+_Made = TypeVar("_Made")
 
 
 def handed_over() -> socket.socket | None:
@@ -39,24 +43,34 @@ def handed_over() -> socket.socket | None:
 
 
 @contextmanager
-def private(path: Path) -> Iterator[None]:
-    """For the body, sockets are made with mode 0600; the directory of ``path`` is there, and ``path`` itself is free.
+def bound(path: Path, bind: Callable[[Path], _Made]) -> Iterator[_Made]:
+    """What ``bind`` makes of the path that it is given, listening at ``path`` with mode 0600 until the body is done.
 
-    A socket that a killed server has left is removed, and the body's own when it is done. Raises `AlreadyExists` where
-    a server listens at ``path``, `InvalidArgument` where something else is there, or where a socket cannot be.
+    The directory of ``path`` is made where there is none, and a socket that a killed server has left is removed. The
+    own one is removed at the end, and never what another server has put in its place since. Raises `AlreadyExists`
+    where a server listens at ``path``, `InvalidArgument` where something else is there, or where a socket cannot be.
     """
-    if len(os.fsencode(path)) > _LONGEST:
+    if max(len(os.fsencode(path)), len(os.fsencode(path.parent)) + _APART) > _LONGEST:
         raise InvalidArgument(f"{str(path)!r} is too long for a socket; the system allows {_LONGEST} bytes")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_free(path)
+        # Apart, so that nobody connects before the mode is right, and because gRPC removes what it finds by the name
+        # that it has bound, whoever has made it.
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as apart:
+            made = bind(Path(apart, "s"))
+            os.chmod(Path(apart, "s"), 0o600)
+            os.link(Path(apart, "s"), path)
+        own = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # no other gets its number while this is open
     except OSError as error:
         raise refused(f"making the socket {str(path)!r}", error) from error
-    before = os.umask(0o177)
     try:
-        yield
+        yield made
     finally:
-        os.umask(before)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(own), path.lstat()):
+                path.unlink()
+        os.close(own)
 
 
 def _make_free(path: Path) -> None:
