@@ -7,7 +7,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def bench(
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     userns.enter()
     with Interrupts() as interrupts:
-        targets = _usable(drivers, place, errors)
+        targets, left_out = _usable(drivers, place, errors)
         if calibrate:
             targets = calibration.twice(targets)
         if native and NATIVE not in targets:
@@ -136,7 +136,7 @@ def bench(
         kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
         with bar(errors) as progress:
             run = runner.run(plan, interrupts, progress, kept)
-        _report(run, output, as_json, errors)
+        _report(run, left_out, output, as_json, errors)
         if kept:
             kept.finish()
     return None
@@ -251,8 +251,8 @@ def default_scratch() -> Path:
     return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") or not place.is_dir() else place
 
 
-def _usable(given: str, place: Path, errors: Console) -> list[str]:
-    """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
+def _usable(given: str, place: Path, errors: Console) -> tuple[list[str], dict[str, str]]:
+    """The drivers meant by ``--driver``; of all, those that cannot be used here are left out, with the reason."""
     names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
     probes = {name: registry.load(driver_of(name)).probe(place) for name in names if driver_of(name) != NATIVE}
     refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
@@ -264,7 +264,7 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
     usable = [name for name in names if name not in refused]
     if not usable:
         raise InvalidArgument("no driver to measure; give --driver a name that `layerfs drivers` calls usable")
-    return usable
+    return usable, refused
 
 
 @contextmanager
@@ -297,8 +297,8 @@ def _lines(errors: Console) -> runner.Progress:
     return tell
 
 
-def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> None:
-    contents = runfile.document(run)
+def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json: bool, errors: Console) -> None:
+    contents = runfile.document(run, {"left_out": left_out})
     folder = Path("results")
     file = output or (folder if folder.is_dir() else Path()) / runfile.default_name(run.targets, run.size, run.started)
     runfile.write(contents, file)

@@ -13,7 +13,7 @@ from rich.console import Console
 from layerfs.bench import interleaved, recorded, verdicts
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
-from layerfs.bench.recorded import Key, Recorded
+from layerfs.bench.recorded import Key, Recorded, Subject
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
 from layerfs.errors import InvalidArgument, refused
@@ -114,7 +114,7 @@ def gate(
       2  the command line is wrong
       3  this host lacks something, or the run files are of different machines
       4  a build or a benchmark failed
-      5  some figures are too noisy to tell (only with --strict, else 0)
+      5  some figures cannot be told: too noisy, too few samples, or not in both alike (only with --strict, else 0)
 
     \b
     Example, in a checkout of the head:
@@ -175,6 +175,11 @@ def gate(
     _write(comparison, junit, markdown)
     if comparison.verdict is Verdict.WORSE:
         return EXIT_REGRESSION
+    if comparison.blind:
+        raise InvalidArgument(
+            f"no time has enough samples to be told from chance, so this gate cannot fail; measure both sides with "
+            f"--rounds {comparison.fewest} at least"
+        )
     return EXIT_UNCLEAR if strict and comparison.verdict is Verdict.UNCLEAR else 0
 
 
@@ -195,9 +200,11 @@ def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float,
 
 
 def _fitting(calibrated: Recorded, base: Recorded, *, force: bool) -> dict[Key, float]:
+    """The thresholds of what both measured alike."""
     if recorded.differences(calibrated.machine, base.machine) and not force:
         raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
-    return dict(calibrated.thresholds)
+    unlike = recorded.unlike(calibrated, base)
+    return {key: part for key, part in calibrated.thresholds.items() if Subject.of(key) not in unlike}
 
 
 def _print(comparison: Comparison, as_json: bool) -> None:

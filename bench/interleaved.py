@@ -21,6 +21,7 @@ from pathlib import Path
 import layerfs.guest
 from layerfs.bench import calibration
 from layerfs.bench.cli import guest_request
+from layerfs.bench.compare import fewest
 from layerfs.bench.recorded import Key, Recorded, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
@@ -95,13 +96,14 @@ def measure(
 
     Args:
         options: of ``layerfs bench``, the same for both.
-        rounds: at least; then more, five at a time, until what was measured is ``settled``, or begun as long as they
-            will be done in ``seconds`` from now.
+        rounds: at least, and as many as so many figures need if there is time; then more, five at a time, until what
+            was measured is ``settled``, or begun as long as they will be done in ``seconds`` from now.
         keep: a directory for the run files of every round.
         ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
-    Raises `BenchmarkFailed`, or `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended
-    for such a reason.
+    Raises `InvalidArgument` after the first round where so few could not tell any time from chance, and
+    `BenchmarkFailed`, `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended for such a
+    reason.
     """
     arms = {BASE: base, HEAD: head, **({AGAIN: base} if calibrate else {})}
     order = random.Random(seed)  # noqa: S311
@@ -119,13 +121,27 @@ def measure(
                 _told(arm, *arms[arm](words, folder))
                 found[arm].append(read(file))
             number += 1
+            taken = time.monotonic() - began
+            if number == 1:
+                rounds = _enough(rounds, _together(found, ignoring), 2 if calibrate else 1, taken, seconds)
             if number < rounds:
                 continue
             measured = _together(found, ignoring)
-            taken = time.monotonic() - began
             if settled(measured) or taken * (number + _MORE) / number > seconds:
                 return measured
             rounds = number + _MORE
+
+
+def _enough(rounds: int, first: Measured, bases: int, taken: float, seconds: float) -> int:
+    """How many rounds, by what the first one measured and ``taken``, the seconds that it took."""
+    figures = len(set(first.base.seconds) & set(first.head.seconds))
+    needed = fewest(figures, bases)
+    if needed > rounds and taken * needed > seconds:
+        raise InvalidArgument(
+            f"after {rounds} rounds no test could tell any of {figures} times from chance; give --rounds {needed}, or "
+            "name fewer drivers and workloads"
+        )
+    return max(needed, rounds)
 
 
 def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]) -> Measured:
