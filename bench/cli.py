@@ -108,13 +108,17 @@ def bench(
         return None
     usual = PROFILES[profile or ("guest" if guest or layerfs.guest.here() else "default")]
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
+    if rounds:
+        without_effect("with --rounds, which says how many samples there are", "precision", "max_time")
     if guest:
+        runfile.check(output or _folder() / "run.json")
         return in_guest("bench", guest, max(sizes), output, scratch)
     seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
     place = (scratch or default_scratch()).absolute()
     wanted = [name for given in names for name in given.split(",") if name] or list(usual.workloads)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     userns.enter()
+    runfile.check(output or _folder() / "run.json")
     with Interrupts() as interrupts:
         targets, left_out = _usable(drivers, place, errors)
         if calibrate:
@@ -175,6 +179,14 @@ def guest_request(
     )
 
 
+def without_effect(why: str, *names: str) -> None:
+    """Raise `InvalidArgument` where one of these options of the running command was given all the same."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise InvalidArgument(f"{parameter.opts[0]} has no effect {why}; leave it out")
+
+
 def _given_options(*but: str) -> list[str]:
     """The options of the running command as they were given, except some."""
     context = click.get_current_context()
@@ -224,9 +236,14 @@ def _fitting(
 
 def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:
     """Where a full run keeps its samples until it is complete."""
-    folder = Path("results")
     name = f"{output.name if output else 'full-' + ','.join(plan.targets)}.stopped"
-    return (output.parent if output else folder if folder.is_dir() else Path()) / name
+    return (output.parent if output else _folder()) / name
+
+
+def _folder() -> Path:
+    """Where run files go that nobody named."""
+    usual = Path("results")
+    return usual if usual.is_dir() else Path()
 
 
 def _list(as_json: bool) -> None:
@@ -299,8 +316,7 @@ def _lines(errors: Console) -> runner.Progress:
 
 def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json: bool, errors: Console) -> None:
     contents = runfile.document(run, {"left_out": left_out})
-    folder = Path("results")
-    file = output or (folder if folder.is_dir() else Path()) / runfile.default_name(run.targets, run.size, run.started)
+    file = output or _folder() / runfile.default_name(run.targets, run.size, run.started)
     runfile.write(contents, file)
     if as_json:
         print_json(contents)

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerfs.bench import interleaved, recorded, verdicts
-from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch
+from layerfs.bench import interleaved, recorded, runfile, verdicts
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch, without_effect
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
 from layerfs.bench.recorded import Key, Recorded, Subject
 from layerfs.cli.common import json_option
@@ -21,6 +21,10 @@ from layerfs.guest import KINDS
 from layerfs.sizes import parse_size
 
 EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
+_MEASURING = (
+    *("guest", "drivers", "size", "names", "backing", "scratch", "rounds", "seconds", "seed", "calibrate", "keep"),
+)
+"""Options about what is measured, by their names here."""
 
 _file = click.Path(path_type=Path)
 _found = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -131,9 +135,15 @@ def gate(
     if build_base and base and not head:
         base, head = None, base  # the one that is left to name
     builds, kernels = (build_base, build_head), (base_kernel, head_kernel)
+    for file in (junit, markdown, keep and keep / "000-base.json"):
+        if file:
+            runfile.check(file)
     if base and head and base.is_file() and head.is_file() and not any((*builds, *kernels)):
+        without_effect("on two run files, for nothing is measured", *_MEASURING)
         comparison = _of_files(base, head, calibration, smallest, force=force)
     else:
+        without_effect("where both sides are measured", "calibration", *(() if any(kernels) else ("guest",)))
+        largest = max(map(parse_size, size.split(",")))
         options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
         options += [f"--backing={backing or default_backing()}"]
         place = (scratch or default_scratch()).absolute()
@@ -141,7 +151,6 @@ def gate(
             if any(kernels):
                 if base or head or any(builds) or not all(kernels):
                     raise InvalidArgument("give --base-kernel and --head-kernel, and no other sides beside them")
-                largest = max(map(parse_size, size.split(",")))
                 sides = [interleaved.on_kernel(guest, str(kernel), largest, place) for kernel in kernels]
             else:
                 options += [f"--scratch={place}"] if scratch else []

@@ -26,6 +26,7 @@ from layerfs.bench.recorded import Key, Recorded, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
 _MORE = 5  # rounds
+_SEEDS = 2**31  # as many as `layerfs bench --seed` takes
 BASE, AGAIN, HEAD = "base", "base again", "head"
 
 
@@ -117,7 +118,8 @@ def measure(
                 done = sum(map(len, found.values()))
                 progress(f"round {number + 1} of {rounds}: {arm}", done / (rounds * len(arms)))
                 file = folder / f"{number:03}-{arm.replace(' ', '-')}.json"
-                words = ["bench", "--no-native", "--rounds=1", *options, f"--seed={seed + number}", f"--output={file}"]
+                words = ["bench", "--no-native", "--rounds=1", *options]
+                words += [f"--seed={(seed + number) % _SEEDS}", f"--output={file}"]
                 _told(arm, *arms[arm](words, folder))
                 found[arm].append(read(file))
             number += 1

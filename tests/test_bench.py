@@ -147,6 +147,22 @@ def test_json_is_the_run_file_and_nothing_else(scratch: Path, tmp_path: Path) ->
     assert json.loads(done.stdout) == json.loads(file.read_text())
 
 
+def test_what_cannot_work_is_refused_before_anything_is_measured(scratch: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ("--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "layer-lifecycle")
+    for more, said in (
+        (("--output", str(tmp_path)), "is a directory"),
+        (("--output", str(tmp_path / "file" / "run.json")), "is no directory"),
+        (("--output", str(tmp_path), "--guest"), "is a directory"),
+        (("--max-time", "1"), "--max-time has no effect"),
+        (("--precision", "1"), "--precision has no effect"),
+    ):
+        done = _bench(scratch, *arguments, *more)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, "not even a warning about the machine, which comes with figures"
+        assert said in done.stderr
+
+
 def test_the_run_file_goes_to_results_where_there_is_one(scratch: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     arguments = ["--driver", "vfs", "--no-native", "--size", "1M", "--rounds", "1", "--workload", "seqwrite-new"]
