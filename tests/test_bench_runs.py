@@ -184,6 +184,28 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         place.unlink(missing_ok=True)
 
 
+def test_what_was_started_below_the_memory_cap_and_stays_does_not_hold_it() -> None:
+    program = (
+        "import subprocess; from layerfs.bench import memory\n"
+        "home, before = memory._home()[0], memory.limit_now()\n"
+        "with memory.capped(128 << 20):\n"
+        "    daemon = subprocess.Popen(['sleep', '60'])\n"
+        "try:\n"
+        "    assert memory.limit_now() == before\n"
+        "    assert not list(home.glob('layerfs-bench-*'))\n"
+        "    assert str(daemon.pid) in (home / 'cgroup.procs').read_text().split()\n"
+        "finally:\n"
+        "    daemon.kill()\n"
+    )
+    try:
+        with memory.capped(memory.SMALLEST):
+            pass
+    except EnvironmentUnfit as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_work_is_done_only_where_it_is_wanted(plan: runner.Plan) -> None:
     works = [Steady(1 << 20, 0), Unsteady(1 << 20, 0)]
     only = dataclasses.replace(
