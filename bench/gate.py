@@ -114,9 +114,9 @@ def gate(
     \b
     Exit codes:
       0  nothing is worse
-      1  a regression
-      2  the command line is wrong
-      3  this host lacks something, or the run files are of different machines
+      1  a regression, or something that works in the base and fails in the head
+      2  the command line is wrong, or nothing can be told: too few samples, or nothing that was measured alike
+      3  this host lacks something, for the base as well, or the run files are of different machines
       4  a build or a benchmark failed
       5  some figures cannot be told: too noisy, too few samples, or not in both alike (only with --strict, else 0)
 

@@ -22,7 +22,7 @@ import layerfs.guest
 from layerfs.bench import calibration
 from layerfs.bench.cli import guest_request
 from layerfs.bench.compare import fewest
-from layerfs.bench.recorded import Key, Recorded, read, together
+from layerfs.bench.recorded import Key, Recorded, Subject, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
 _MORE = 5  # rounds
@@ -102,6 +102,8 @@ def measure(
         keep: a directory for the run files of every round.
         ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
+    Where the base can be measured and the head cannot, everything failed in the head, for this reason.
+
     Raises `InvalidArgument` after the first round where so few could not tell any time from chance, and
     `BenchmarkFailed`, `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended for such a
     reason.
@@ -109,7 +111,7 @@ def measure(
     arms = {BASE: base, HEAD: head, **({AGAIN: base} if calibrate else {})}
     order = random.Random(seed)  # noqa: S311
     found: dict[str, list[Recorded]] = {arm: [] for arm in arms}
-    number, began = 0, time.monotonic()
+    number, began, failure = 0, time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="layerfs-gate-") as scratch:
         folder = (keep or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +122,16 @@ def measure(
                 file = folder / f"{number:03}-{arm.replace(' ', '-')}.json"
                 words = ["bench", "--no-native", "--rounds=1", *options]
                 words += [f"--seed={(seed + number) % _SEEDS}", f"--output={file}"]
-                _told(arm, *arms[arm](words, folder))
-                found[arm].append(read(file))
+                try:
+                    _told(arm, *arms[arm](words, folder))
+                except EnvironmentUnfit as error:
+                    if arm != HEAD:
+                        raise
+                    failure = str(error)  # the host's own fault only if the base fails as well
+                else:
+                    found[arm].append(read(file))
+            if failure:
+                return _failed(found, failure, ignoring)
             number += 1
             taken = time.monotonic() - began
             if number == 1:
@@ -151,6 +161,13 @@ def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]
     thresholds = _thresholds(sides[BASE], sides[AGAIN]) if AGAIN in sides else {}
     base = together([sides[arm] for arm in (BASE, AGAIN) if arm in sides], BASE)
     return Measured(base, sides[HEAD], thresholds)
+
+
+def _failed(found: Mapping[str, Sequence[Recorded]], reason: str, ignoring: Collection[str]) -> Measured:
+    base = together([run for arm in (BASE, AGAIN) for run in found.get(arm, ())], BASE).without(ignoring)
+    targets = {key.target for key in base.seconds}
+    nothing = Recorded(HEAD, base.machine, {}, {}, failures={Subject("", target): reason for target in targets})
+    return Measured(base, nothing, {})
 
 
 def _thresholds(base: Recorded, again: Recorded) -> dict[Key, float]:

@@ -45,19 +45,18 @@ def summary(comparison: Comparison) -> str:
     )
     parts = []
     if comparison.verdict is Verdict.SAME:
-        parts.append(f"nothing is worse: all {total} figures are the same or better")
+        parts.append(f"nothing is worse: {total} figures, each the same or better")
     elif comparison.verdict is Verdict.UNCLEAR:
         parts.append(f"nothing is worse as far as can be told of {total} figures")
-    parts += [f"{worse} of {total} figures are worse than in the base"] if worse else []
+    parts += [f"{worse} of {total} figures {_are(worse)} worse than in the base"] if worse else []
     parts += [f"{failed} of {total} figures could not be measured in the head"] if failed else []
-    parts += [f"{missing} are missing in the head"] if missing else []
-    parts += [f"{unlike} were measured differently and are not compared"] if unlike else []
+    parts += [f"{missing} {_are(missing)} missing in the head"] if missing else []
+    parts += [f"{unlike} {_are(unlike)} not compared, for the head measured differently"] if unlike else []
     if few:
         least = comparison.fewest
-        parts.append(
-            f"{few} have too few samples to tell: at least {least} a side are needed, so measure with --rounds {least}"
-        )
-    parts += [f"{noisy} are too noisy to tell"] if noisy else []
+        have = "has" if few == 1 else "have"
+        parts.append(f"{few} {have} too few samples to tell: measure at least {least} a side (--rounds {least})")
+    parts += [f"{noisy} {_are(noisy)} too noisy to tell"] if noisy else []
     return "; ".join(parts)
 
 
@@ -66,7 +65,10 @@ def reasons(comparison: Comparison) -> list[str]:
     together: dict[tuple[Verdict, str], int] = {}
     for one in sorted(comparison.uncompared, key=lambda one: _ORDER.index(one.verdict)):
         together[one.verdict, one.why] = together.get((one.verdict, one.why), 0) + 1
-    return [f"{_capital(verdict)} ({number} figures): {why}" for (verdict, why), number in together.items()]
+    return [
+        f"{_capital(verdict)} ({number} figure{'s' if number != 1 else ''}): {why}"
+        for (verdict, why), number in together.items()
+    ]
 
 
 def table(comparison: Comparison) -> Group:
@@ -136,7 +138,7 @@ def junit(comparison: Comparison) -> str:
 def as_json(comparison: Comparison) -> dict[str, object]:
     """Everything, for programs."""
     return {
-        "format": 1,
+        "format": 2,
         "verdict": comparison.verdict.value,
         "summary": summary(comparison),
         "base": comparison.base,
@@ -197,6 +199,10 @@ def _explanation(comparison: Comparison) -> str:
         "the ratio of medians exceeds its threshold, the ratio's whole 95 % interval lies above the slowdown that is "
         f"always tolerated, and a permutation test agrees (p < {SIGNIFICANT} / {times} times); {source}."
     )
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _capital(text: str) -> str:

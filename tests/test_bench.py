@@ -83,6 +83,7 @@ def test_all_usable_drivers_run_all_workloads(scratch: Path, tmp_path: Path) -> 
     control = {step for step in steps if step[0] == "native"}
     assert steps - control == expected
     assert {work for _, work, _ in control} == set(_STEPS) - {"diff-apply", "layer-lifecycle"}
+    assert set(run["layerfs"]["left_out"]) == set(registry.names()) - set(drivers)
     for driver in drivers:
         assert driver in done.stdout
         assert run["layerfs"]["fingerprint"]["targets"][driver]["driver"] == driver

@@ -232,7 +232,7 @@ def test_a_gate_that_cannot_fail_is_refused_and_says_how_many_samples_it_takes(w
     base, head = write("base.json", [0.1] * 4), write("head.json", [0.9] * 4)
     shown = _compare(base, head)
     assert shown.returncode == 0
-    assert "too few samples to tell: at least 5 a side" in shown.stdout
+    assert "1 has too few samples to tell: measure at least 5 a side" in shown.stdout
     refused = _gate(base, head)
     assert refused.returncode == 2
     assert "--rounds 5" in refused.stderr.splitlines()[-1]
@@ -265,7 +265,7 @@ def test_of_runs_that_are_alike_only_in_part_the_rest_is_named(write: Write, tmp
         (tmp_path / place).write_text(json.dumps(document))
     done = _gate(tmp_path / "base.json", tmp_path / "head.json", "--strict")
     assert done.returncode == 5
-    assert "2 were measured differently and are not compared" in done.stdout
+    assert "2 are not compared, for the head measured differently" in done.stdout
     assert "size 1048576 and 2097152" in done.stdout
 
 
@@ -283,7 +283,7 @@ def test_a_counter_that_the_head_lacks_is_named(write: Write) -> None:
     base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.1, seed=2), None)
     done = _gate(base, head)
     assert done.returncode == 0
-    assert "1 are missing in the head" in done.stdout
+    assert "1 is missing in the head" in done.stdout
     assert _gate(base, head, "--strict").returncode == 5
 
 
@@ -407,6 +407,19 @@ def test_a_build_that_fails_is_no_regression(environments: tuple[Path, Path]) ->
     assert "building the head" in done.stderr
     empty = _gate(environments[0], "--build-head", "mkdir {}", "--driver", "overlay2")
     assert empty.returncode == 2
+
+
+def test_a_head_that_lacks_what_the_base_has_is_a_regression(environments: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = "import layerfs.drivers.vfs as v; from layerfs.driver import Probe\n"
+    broken += "v.VfsDriver.probe = classmethod(lambda cls, place: Probe(False, 'it is broken'))\n"
+    (environments[1] / "prelude.py").write_text(broken)
+    options = ["--driver", "vfs", "--size", "1M", "--workload", "layer-lifecycle", "--markdown", tmp_path / "found.md"]
+    done = _gate(*environments, *options)
+    assert done.returncode == 1, done.stderr
+    assert "could not be measured in the head" in done.stdout
+    assert "it is broken" in (tmp_path / "found.md").read_text()
+    both = _gate(environments[1], environments[1], *options)
+    assert both.returncode == 3, "nothing can be told"
 
 
 def test_what_cannot_run_is_told_from_what_fails(environments: tuple[Path, Path]) -> None:
