@@ -7,7 +7,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,15 +108,19 @@ def bench(
         return None
     usual = PROFILES[profile or ("guest" if guest or layerfs.guest.here() else "default")]
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
+    if rounds:
+        without_effect("with --rounds, which says how many samples there are", "precision", "max_time")
     if guest:
+        runfile.check(output or _folder() / "run.json")
         return in_guest("bench", guest, max(sizes), output, scratch)
     seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
     place = (scratch or default_scratch()).absolute()
     wanted = [name for given in names for name in given.split(",") if name] or list(usual.workloads)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     userns.enter()
+    runfile.check(output or _folder() / "run.json")
     with Interrupts() as interrupts:
-        targets = _usable(drivers, place, errors)
+        targets, left_out = _usable(drivers, place, errors)
         if calibrate:
             targets = calibration.twice(targets)
         if native and NATIVE not in targets:
@@ -136,7 +140,7 @@ def bench(
         kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
         with bar(errors) as progress:
             run = runner.run(plan, interrupts, progress, kept)
-        _report(run, output, as_json, errors)
+        _report(run, left_out, output, as_json, errors)
         if kept:
             kept.finish()
     return None
@@ -173,6 +177,14 @@ def guest_request(
         writable=tuple(writable),
         progress=lambda what: click.echo(f"{what} …", err=True),
     )
+
+
+def without_effect(why: str, *names: str) -> None:
+    """Raise `InvalidArgument` where one of these options of the running command was given all the same."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise InvalidArgument(f"{parameter.opts[0]} has no effect {why}; leave it out")
 
 
 def _given_options(*but: str) -> list[str]:
@@ -224,9 +236,14 @@ def _fitting(
 
 def _stopped_file(plan: runner.Plan, output: Path | None) -> Path:
     """Where a full run keeps its samples until it is complete."""
-    folder = Path("results")
     name = f"{output.name if output else 'full-' + ','.join(plan.targets)}.stopped"
-    return (output.parent if output else folder if folder.is_dir() else Path()) / name
+    return (output.parent if output else _folder()) / name
+
+
+def _folder() -> Path:
+    """Where run files go that nobody named."""
+    usual = Path("results")
+    return usual if usual.is_dir() else Path()
 
 
 def _list(as_json: bool) -> None:
@@ -251,8 +268,8 @@ def default_scratch() -> Path:
     return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") or not place.is_dir() else place
 
 
-def _usable(given: str, place: Path, errors: Console) -> list[str]:
-    """The drivers meant by ``--driver``. Of all, those that cannot be used here are named and left out."""
+def _usable(given: str, place: Path, errors: Console) -> tuple[list[str], dict[str, str]]:
+    """The drivers meant by ``--driver``; of all, those that cannot be used here are left out, with the reason."""
     names = registry.names() if given == "all" else list(dict.fromkeys(name for name in given.split(",") if name))
     probes = {name: registry.load(driver_of(name)).probe(place) for name in names if driver_of(name) != NATIVE}
     refused = {name: f"{p.reason}{f'; {p.remedy}' if p.remedy else ''}" for name, p in probes.items() if not p.usable}
@@ -264,7 +281,7 @@ def _usable(given: str, place: Path, errors: Console) -> list[str]:
     usable = [name for name in names if name not in refused]
     if not usable:
         raise InvalidArgument("no driver to measure; give --driver a name that `layerfs drivers` calls usable")
-    return usable
+    return usable, refused
 
 
 @contextmanager
@@ -297,10 +314,9 @@ def _lines(errors: Console) -> runner.Progress:
     return tell
 
 
-def _report(run: Run, output: Path | None, as_json: bool, errors: Console) -> None:
-    contents = runfile.document(run)
-    folder = Path("results")
-    file = output or (folder if folder.is_dir() else Path()) / runfile.default_name(run.targets, run.size, run.started)
+def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json: bool, errors: Console) -> None:
+    contents = runfile.document(run, {"left_out": left_out})
+    file = output or _folder() / runfile.default_name(run.targets, run.size, run.started)
     runfile.write(contents, file)
     if as_json:
         print_json(contents)

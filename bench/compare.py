@@ -3,19 +3,21 @@
 A counter (bytes copied up, blocks allocated) does not depend on the machine's mood: it is a regression when every
 sample of head lies above every sample of base. A time is one only when the ratio lies beyond what identical code shows
 on this machine (the calibration's threshold), its whole confidence interval beyond 5 %, and a permutation test agrees
-that the samples differ, the more strictly the more figures are compared (Bonferroni).
+that the samples differ, the more strictly the more figures are compared (Bonferroni). With few samples no test can say
+so of anything, which is a verdict of its own; and figures that were measured differently are not compared.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 import statistics as plain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerfs.bench import recorded, statistics
-from layerfs.bench.recorded import CounterKey, Key, Recorded
+from layerfs.bench.recorded import CounterKey, Key, Recorded, Subject
 from layerfs.bench.statistics import Interval
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
 
@@ -23,7 +25,8 @@ SMALLEST_THRESHOLD = 0.05
 """Where a calibration says less, this is taken: slower by less than 5 % is no regression."""
 UNCALIBRATED = 0.15
 """Where there is no calibration."""
-_SIGNIFICANT = 0.01
+SIGNIFICANT = 0.01
+"""The probability of chance below which one figure alone is told from it."""
 _BLIND = 0.5
 """With a larger threshold than that, nothing can be called the same."""
 _COUNTER_SLACK, _COUNTER_PART = 4096, 0.01  # a block, and what file systems' own structures vary by
@@ -34,6 +37,13 @@ class Verdict(enum.StrEnum):
     BETTER = "better"
     SAME = "same"
     UNCLEAR = "cannot tell"
+    TOO_FEW = "too few samples"
+    """However they came out, no test could tell them from chance."""
+    UNLIKE = "measured differently"
+    """With other parameters, in another cache state, on another backing, by another user."""
+    MISSING = "missing in the head"
+    FAILED = "failed in the head"
+    """What the base could measure; as bad as worse."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Clock:
         base, head: medians in seconds; ``ratio``: head over base, with its interval.
         chance: the probability that both are samples of one source.
         threshold: the slowdown, as a part, that is tolerated.
+        samples: of base and head.
     """
 
     key: Key
@@ -53,6 +64,7 @@ class Clock:
     chance: float
     threshold: float
     verdict: Verdict
+    samples: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,43 +78,66 @@ class Counter:
 
 
 @dataclass(frozen=True)
+class Uncompared:
+    """A figure of the base that nothing in the head can be held against, and why."""
+
+    key: Key | CounterKey
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Everything that two runs have in common, and what only one of them has.
+    """Everything that two runs have in common, and what only the base has.
 
     Attributes:
-        calibrated: whether thresholds come from a calibration.
-        missing: what the base has and the head has not.
+        calibrated: of how many times the threshold comes from a calibration.
     """
 
     base: str
     head: str
     counters: Sequence[Counter]
     clocks: Sequence[Clock]
-    calibrated: bool
-    missing: Sequence[Key]
+    uncompared: Sequence[Uncompared]
+    calibrated: int
     warnings: Sequence[str]
 
     @property
-    def regressions(self) -> list[Counter | Clock]:
+    def all(self) -> list[Counter | Clock | Uncompared]:
         """Counters first."""
-        changes: list[Counter | Clock] = [*self.counters, *self.clocks]
-        return [change for change in changes if change.verdict is Verdict.WORSE]
+        return [*self.counters, *self.clocks, *self.uncompared]
+
+    def having(self, *verdicts: Verdict) -> list[Counter | Clock | Uncompared]:
+        """The figures with one of these verdicts."""
+        return [change for change in self.all if change.verdict in verdicts]
 
     @property
-    def unclear(self) -> list[Clock]:
-        return [clock for clock in self.clocks if clock.verdict is Verdict.UNCLEAR]
+    def regressions(self) -> list[Counter | Clock | Uncompared]:
+        return self.having(Verdict.WORSE, Verdict.FAILED)
 
     @property
     def settled(self) -> bool:
-        """Whether more samples would hardly say more: no time is unclear, or a counter, which is sure, is worse."""
-        return not self.unclear or any(counter.verdict is Verdict.WORSE for counter in self.counters)
+        """Whether more samples would hardly say more: every time is told, or what is worse is sure without a test."""
+        sure = any(not isinstance(change, Clock) for change in self.regressions)
+        return sure or not self.having(Verdict.UNCLEAR, Verdict.TOO_FEW)
+
+    @property
+    def blind(self) -> bool:
+        """Whether no time could have come out as worse, whatever it was."""
+        return all(clock.verdict is Verdict.TOO_FEW for clock in self.clocks)
+
+    @property
+    def fewest(self) -> int:
+        """Samples of each side that comparing so many times takes."""
+        return fewest(len(self.clocks))
 
     @property
     def verdict(self) -> Verdict:
         """Of the whole."""
         if self.regressions:
             return Verdict.WORSE
-        return Verdict.UNCLEAR if self.unclear or self.missing else Verdict.SAME
+        told = len(self.having(Verdict.SAME, Verdict.BETTER))
+        return Verdict.SAME if told == len(self.all) else Verdict.UNCLEAR
 
 
 def compare(
@@ -113,13 +148,14 @@ def compare(
     smallest: float = SMALLEST_THRESHOLD,
     force: bool = False,
 ) -> Comparison:
-    """Compare what both have.
+    """Compare what both have measured alike.
 
     Args:
         thresholds: of a calibration, as parts; ``smallest``: the least that is taken.
         force: compare runs of different machines, too.
 
-    Raises `EnvironmentUnfit` for those without ``force``, `InvalidArgument` where the runs have nothing in common.
+    Raises `EnvironmentUnfit` for those without ``force``, `InvalidArgument` where the runs have nothing in common that
+    was measured alike.
     """
     differences = recorded.differences(base.machine, head.machine)
     if differences and not force:
@@ -127,9 +163,18 @@ def compare(
             f"{base.name!r} and {head.name!r} are of different machines ({'; '.join(differences)}), and figures of "
             "two machines do not compare; measure both on one, or give --force"
         )
-    common = [key for key in base.seconds if key in head.seconds]
-    if not common:
-        raise InvalidArgument(f"{base.name!r} and {head.name!r} have no workload and driver in common")
+    unlike = recorded.unlike(base, head)
+    common = [key for key in base.seconds if key in head.seconds and Subject.of(key) not in unlike]
+    counted = [key for key in base.counters if key in head.counters and Subject.of(key) not in unlike]
+    left = (set(base.seconds) - set(common), set(base.counters) - set(counted))
+    uncompared = [_uncompared(key, unlike, head) for key in base.counters if key in left[1]]
+    uncompared += [_uncompared(key, unlike, head) for key in base.seconds if key in left[0]]
+    if not common and not any(one.verdict is Verdict.FAILED for one in uncompared):
+        what = "; ".join(dict.fromkeys(one.why for one in uncompared if one.verdict is Verdict.UNLIKE))
+        raise InvalidArgument(
+            f"{base.name!r} and {head.name!r} have no workload and driver in common"
+            + (f" that was measured alike: {what}; measure both with the same options" if what else "")
+        )
     warnings = [f"compared in spite of different machines: {difference}" for difference in differences]
     for run in (base, head):
         kinds = {re.sub(r"[\d.]+", "#", warning): warning for warning in run.warnings}  # not once for each round
@@ -137,7 +182,7 @@ def compare(
     return Comparison(
         base.name,
         head.name,
-        [_counter(key, base.counters[key], head.counters[key]) for key in base.counters if key in head.counters],
+        [_counter(key, base.counters[key], head.counters[key]) for key in counted],
         [
             clock(
                 key,
@@ -149,10 +194,27 @@ def compare(
             )
             for key in common
         ],
-        any(key in thresholds for key in common),
-        [key for key in base.seconds if key not in head.seconds],
+        uncompared,
+        sum(key in thresholds for key in common),
         warnings,
     )
+
+
+def _uncompared(key: Key | CounterKey, unlike: Mapping[Subject, Sequence[str]], head: Recorded) -> Uncompared:
+    if found := unlike.get(Subject.of(key)):
+        return Uncompared(key, Verdict.UNLIKE, "; ".join(found))
+    if reason := head.failure(key):
+        return Uncompared(key, Verdict.FAILED, f"{key.target}: {reason}")
+    return Uncompared(key, Verdict.MISSING, "its run has no such figure and names no failure")
+
+
+def fewest(figures: int, bases: int = 1) -> int:
+    """Samples of the head that can tell one of so many figures, and of the base ``bases`` times as many."""
+    return next(n for n in itertools.count(1) if statistics.smallest_chance(n, n * bases) < _needed_chance(figures))
+
+
+def _needed_chance(figures: int) -> float:
+    return SIGNIFICANT / max(1, figures)
 
 
 def clock(
@@ -171,16 +233,19 @@ def clock(
         figures: how many are compared; one of so many comes out as different by chance more easily than one alone.
     """
     ratio = statistics.ratio(head, base)
-    chance = statistics.difference(head, base)
-    differ = chance < max(_SIGNIFICANT / figures, 2 * statistics.SMALLEST_CHANCE)
+    chance, needed = statistics.difference(head, base), _needed_chance(figures)
+    differ = chance < needed
     verdict = Verdict.UNCLEAR
-    if differ and ratio.middle > 1 + threshold and ratio.low > 1 + smallest:
+    if statistics.smallest_chance(len(base), len(head)) >= needed:
+        verdict = Verdict.TOO_FEW
+    elif differ and ratio.middle > 1 + threshold and ratio.low > 1 + smallest:
         verdict = Verdict.WORSE
     elif differ and ratio.middle < 1 / (1 + threshold) and ratio.high < 1 / (1 + smallest):
         verdict = Verdict.BETTER
     elif threshold <= _BLIND and 1 / (1 + threshold) <= ratio.low and ratio.high <= 1 + threshold:
         verdict = Verdict.SAME
-    return Clock(key, plain.median(base), plain.median(head), ratio, chance, threshold, verdict)
+    samples = len(base), len(head)
+    return Clock(key, plain.median(base), plain.median(head), ratio, chance, threshold, verdict, samples)
 
 
 def _counter(key: CounterKey, base: Sequence[int], head: Sequence[int]) -> Counter:

@@ -48,7 +48,7 @@ def take(place: Path, targets: Mapping[str, Mapping[str, object]]) -> dict[str, 
         "vm": {name: _read(Path("/proc/sys/vm", name)) for name in _WRITE_BACK},
         "transparent_hugepage": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "load": os.getloadavg()[0],
-        "user": "root" if _is_host_root() else "not root of the host",
+        "user": _user(),
         "storage": storage(place),
         "versions": {**{name: _version(name) for name in _DEPENDENCIES}, "fio": fio.version()},
         "targets": dict(targets),
@@ -73,6 +73,13 @@ def machine(place: Path) -> dict[str, object]:
         "file system": disk.get("filesystem"),
         "disk": disk.get("model") or disk.get("disk"),
     }
+
+
+def circumstances(place: Path) -> dict[str, object]:
+    """What one run must have in common with itself when it was stopped and goes on."""
+    commit = commit_info()
+    version = f"{commit['id']}{' with changes' if commit['dirty'] else ''}"
+    return {**machine(place), "user": _user(), "version of layerfs": version}
 
 
 def storage(place: Path) -> dict[str, object]:
@@ -168,6 +175,10 @@ def _disk(device: str) -> dict[str, object]:
 def _memory(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def _user() -> str:
+    return "root" if _is_host_root() else "not root of the host"
 
 
 def _is_host_root() -> bool:

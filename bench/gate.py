@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerfs.bench import interleaved, recorded, verdicts
-from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch
+from layerfs.bench import interleaved, recorded, runfile, verdicts
+from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch, without_effect
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
-from layerfs.bench.recorded import Key, Recorded
+from layerfs.bench.recorded import Key, Recorded, Subject
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
 from layerfs.errors import InvalidArgument, refused
@@ -21,6 +21,10 @@ from layerfs.guest import KINDS
 from layerfs.sizes import parse_size
 
 EXIT_REGRESSION, EXIT_UNCLEAR = 1, 5
+_MEASURING = (
+    *("guest", "drivers", "size", "names", "backing", "scratch", "rounds", "seconds", "seed", "calibrate", "keep"),
+)
+"""Options about what is measured, by their names here."""
 
 _file = click.Path(path_type=Path)
 _found = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -110,11 +114,11 @@ def gate(
     \b
     Exit codes:
       0  nothing is worse
-      1  a regression
-      2  the command line is wrong
-      3  this host lacks something, or the run files are of different machines
+      1  a regression, or something that works in the base and fails in the head
+      2  the command line is wrong, or nothing can be told: too few samples, or nothing that was measured alike
+      3  this host lacks something, for the base as well, or the run files are of different machines
       4  a build or a benchmark failed
-      5  some figures are too noisy to tell (only with --strict, else 0)
+      5  some figures cannot be told: too noisy, too few samples, or not in both alike (only with --strict, else 0)
 
     \b
     Example, in a checkout of the head:
@@ -131,9 +135,15 @@ def gate(
     if build_base and base and not head:
         base, head = None, base  # the one that is left to name
     builds, kernels = (build_base, build_head), (base_kernel, head_kernel)
+    for file in (junit, markdown, keep and keep / "000-base.json"):
+        if file:
+            runfile.check(file)
     if base and head and base.is_file() and head.is_file() and not any((*builds, *kernels)):
+        without_effect("on two run files, for nothing is measured", *_MEASURING)
         comparison = _of_files(base, head, calibration, smallest, force=force)
     else:
+        without_effect("where both sides are measured", "calibration", *(() if any(kernels) else ("guest",)))
+        largest = max(map(parse_size, size.split(",")))
         options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
         options += [f"--backing={backing or default_backing()}"]
         place = (scratch or default_scratch()).absolute()
@@ -141,7 +151,6 @@ def gate(
             if any(kernels):
                 if base or head or any(builds) or not all(kernels):
                     raise InvalidArgument("give --base-kernel and --head-kernel, and no other sides beside them")
-                largest = max(map(parse_size, size.split(",")))
                 sides = [interleaved.on_kernel(guest, str(kernel), largest, place) for kernel in kernels]
             else:
                 options += [f"--scratch={place}"] if scratch else []
@@ -175,6 +184,11 @@ def gate(
     _write(comparison, junit, markdown)
     if comparison.verdict is Verdict.WORSE:
         return EXIT_REGRESSION
+    if comparison.blind:
+        raise InvalidArgument(
+            f"no time has enough samples to be told from chance, so this gate cannot fail; measure both sides with "
+            f"--rounds {comparison.fewest} at least"
+        )
     return EXIT_UNCLEAR if strict and comparison.verdict is Verdict.UNCLEAR else 0
 
 
@@ -195,9 +209,11 @@ def _of_files(base: Path, head: Path, calibration: Path | None, smallest: float,
 
 
 def _fitting(calibrated: Recorded, base: Recorded, *, force: bool) -> dict[Key, float]:
+    """The thresholds of what both measured alike."""
     if recorded.differences(calibrated.machine, base.machine) and not force:
         raise InvalidArgument(f"the calibration {calibrated.name!r} is of another machine than {base.name!r}")
-    return dict(calibrated.thresholds)
+    unlike = recorded.unlike(calibrated, base)
+    return {key: part for key, part in calibrated.thresholds.items() if Subject.of(key) not in unlike}
 
 
 def _print(comparison: Comparison, as_json: bool) -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from layerfs.bench import calibration, recorded, runner, statistics, workload
 from layerfs.bench.caches import write_back
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing
-from layerfs.bench.compare import compare
+from layerfs.bench.compare import compare, fewest
 from layerfs.bench.content import Base
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.profiles import PROFILES
@@ -284,6 +284,10 @@ def _trial(
     base, found, figures = whole.joined().only(driver, driver), {}, 0
     for name, fault in faults.items():
         comparison = compare(base, whole.only(changed[name], driver), base.thresholds)
+        if comparison.blind:
+            raise InvalidArgument(
+                f"so few samples find no slower time; give --rounds {fewest(len(comparison.clocks), 2)}"
+            )
         figures = len(comparison.clocks) + len(comparison.counters)
         found[name] = [str(c.key) for c in comparison.regressions if fault.finds(c.key[0], c.key[1])]
     return figures, found

@@ -21,10 +21,12 @@ from pathlib import Path
 import layerfs.guest
 from layerfs.bench import calibration
 from layerfs.bench.cli import guest_request
-from layerfs.bench.recorded import Key, Recorded, read, together
+from layerfs.bench.compare import fewest
+from layerfs.bench.recorded import Key, Recorded, Subject, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
 _MORE = 5  # rounds
+_SEEDS = 2**31  # as many as `layerfs bench --seed` takes
 BASE, AGAIN, HEAD = "base", "base again", "head"
 
 
@@ -95,18 +97,21 @@ def measure(
 
     Args:
         options: of ``layerfs bench``, the same for both.
-        rounds: at least; then more, five at a time, until what was measured is ``settled``, or begun as long as they
-            will be done in ``seconds`` from now.
+        rounds: at least, and as many as so many figures need if there is time; then more, five at a time, until what
+            was measured is ``settled``, or begun as long as they will be done in ``seconds`` from now.
         keep: a directory for the run files of every round.
         ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
-    Raises `BenchmarkFailed`, or `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended
-    for such a reason.
+    Where the base can be measured and the head cannot, everything failed in the head, for this reason.
+
+    Raises `InvalidArgument` after the first round where so few could not tell any time from chance, and
+    `BenchmarkFailed`, `InvalidArgument`, `EnvironmentUnfit` or `OutOfSpace` where ``layerfs bench`` ended for such a
+    reason.
     """
     arms = {BASE: base, HEAD: head, **({AGAIN: base} if calibrate else {})}
     order = random.Random(seed)  # noqa: S311
     found: dict[str, list[Recorded]] = {arm: [] for arm in arms}
-    number, began = 0, time.monotonic()
+    number, began, failure = 0, time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="layerfs-gate-") as scratch:
         folder = (keep or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,17 +120,40 @@ def measure(
                 done = sum(map(len, found.values()))
                 progress(f"round {number + 1} of {rounds}: {arm}", done / (rounds * len(arms)))
                 file = folder / f"{number:03}-{arm.replace(' ', '-')}.json"
-                words = ["bench", "--no-native", "--rounds=1", *options, f"--seed={seed + number}", f"--output={file}"]
-                _told(arm, *arms[arm](words, folder))
-                found[arm].append(read(file))
+                words = ["bench", "--no-native", "--rounds=1", *options]
+                words += [f"--seed={(seed + number) % _SEEDS}", f"--output={file}"]
+                try:
+                    _told(arm, *arms[arm](words, folder))
+                except EnvironmentUnfit as error:
+                    if arm != HEAD:
+                        raise
+                    failure = str(error)  # the host's own fault only if the base fails as well
+                else:
+                    found[arm].append(read(file))
+            if failure:
+                return _failed(found, failure, ignoring)
             number += 1
+            taken = time.monotonic() - began
+            if number == 1:
+                rounds = _enough(rounds, _together(found, ignoring), 2 if calibrate else 1, taken, seconds)
             if number < rounds:
                 continue
             measured = _together(found, ignoring)
-            taken = time.monotonic() - began
             if settled(measured) or taken * (number + _MORE) / number > seconds:
                 return measured
             rounds = number + _MORE
+
+
+def _enough(rounds: int, first: Measured, bases: int, taken: float, seconds: float) -> int:
+    """How many rounds, by what the first one measured and ``taken``, the seconds that it took."""
+    figures = len(set(first.base.seconds) & set(first.head.seconds))
+    needed = fewest(figures, bases)
+    if needed > rounds and taken * needed > seconds:
+        raise InvalidArgument(
+            f"after {rounds} rounds no test could tell any of {figures} times from chance; give --rounds {needed}, or "
+            "name fewer drivers and workloads"
+        )
+    return max(needed, rounds)
 
 
 def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]) -> Measured:
@@ -133,6 +161,13 @@ def _together(found: Mapping[str, Sequence[Recorded]], ignoring: Collection[str]
     thresholds = _thresholds(sides[BASE], sides[AGAIN]) if AGAIN in sides else {}
     base = together([sides[arm] for arm in (BASE, AGAIN) if arm in sides], BASE)
     return Measured(base, sides[HEAD], thresholds)
+
+
+def _failed(found: Mapping[str, Sequence[Recorded]], reason: str, ignoring: Collection[str]) -> Measured:
+    base = together([run for arm in (BASE, AGAIN) for run in found.get(arm, ())], BASE).without(ignoring)
+    targets = {key.target for key in base.seconds}
+    nothing = Recorded(HEAD, base.machine, {}, {}, failures={Subject("", target): reason for target in targets})
+    return Measured(base, nothing, {})
 
 
 def _thresholds(base: Recorded, again: Recorded) -> dict[Key, float]:

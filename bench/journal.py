@@ -28,30 +28,57 @@ class Journal:
         self._file = file
         self._plan = json.loads(json.dumps(plan))
 
-    def samples(self, workloads: Iterable[Workload]) -> list[Sample]:
-        """Those of the earlier run. Raises `InvalidArgument` where the file belongs to another plan."""
+    def samples(self, workloads: Iterable[Workload], circumstances: Mapping[str, object]) -> list[Sample]:
+        """Those of the earlier run; a line that was cut off while it was written is taken out of the file.
+
+        Args:
+            circumstances: what the earlier run must have in common with this one beside its plan.
+
+        Raises `InvalidArgument` where the file belongs to another plan, or the run was in other circumstances.
+        """
+        self._plan |= json.loads(json.dumps(circumstances))
         try:
-            lines = self._file.read_text().splitlines()
+            data = self._file.read_bytes()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise refused(f"reading {str(self._file)!r}", error) from error
         by_label = {work.label: work for work in workloads}
-        found = []
-        for number, line in enumerate(lines):
+        found: list[Sample] = []
+        whole = 0
+        for line in data.splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:  # the machine went down while it was written
                 break
-            if number == 0 and entry != self._plan:
-                raise InvalidArgument(
-                    f"{str(self._file)!r} holds a stopped run with other options; repeat those, or remove the file"
-                )
-            if number:
+            if not line.endswith(b"\n"):
+                break
+            if whole == 0:
+                self._compare(entry)
+            else:
                 found.append(_sample(entry, by_label[entry["workload"]]))
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(self._file, whole)
         return found
+
+    def _compare(self, earlier: object) -> None:
+        """Refuse a run that had another plan, and say what was different."""
+        if not isinstance(earlier, dict):
+            raise InvalidArgument(
+                f"{str(self._file)!r} holds no stopped run; remove the file, or name another --output"
+            )
+        names = [name for name in {**earlier, **self._plan} if earlier.get(name) != self._plan.get(name)]
+        if names:
+            what = "; ".join(_difference(name, earlier.get(name), self._plan.get(name)) for name in names)
+            raise InvalidArgument(
+                f"{str(self._file)!r} holds a stopped run that this one cannot go on with: {what}; repeat it as it "
+                "was, or remove the file"
+            )
 
     def add(self, sample: Sample) -> None:
         try:
-            new = not self._file.exists()
+            new = not self._file.exists() or self._file.stat().st_size == 0
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "a") as out:
                 if new:
@@ -66,6 +93,12 @@ class Journal:
         """The run is complete and kept elsewhere."""
         with contextlib.suppress(FileNotFoundError):
             self._file.unlink()
+
+
+def _difference(name: str, earlier: object, now: object) -> str:
+    if isinstance(earlier, dict | list) and isinstance(now, dict | list):
+        return f"other {name}"
+    return f"{name} was {earlier!r} and is {now!r}"
 
 
 def _entry(sample: Sample) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,16 @@ from layerfs.sizes import format_size
 
 SMALLEST = 128 << 20
 """Bytes: below that the interpreter itself would have to be swapped out."""
+_ATTEMPTS = 20
 
 
 @contextmanager
 def capped(limit: int | None) -> Iterator[None]:
     """Hold this process, and those that it starts, to ``limit`` bytes; None sets no cap.
 
-    Swap is not given in exchange. What the process had before is not counted. Raises `EnvironmentUnfit` where no group
-    can be made (that takes root, and a control group file system that may be written to).
+    What was started and still runs (the daemon of a file system in user space) is free of the cap afterwards. Swap is
+    not given in exchange. What the process had before is not counted. Raises `EnvironmentUnfit` where no group can be
+    made (that takes root, and a control group file system that may be written to).
     """
     if limit is None:
         yield
@@ -48,7 +51,6 @@ def _handed_down(home: Path) -> Iterator[None]:
 
 
 def _in_group(group: Path, settings: list[tuple[str, str]], limit: int) -> Iterator[None]:
-    home = group.parent
     try:
         group.mkdir()
         try:
@@ -66,10 +68,22 @@ def _in_group(group: Path, settings: list[tuple[str, str]], limit: int) -> Itera
     try:
         yield
     finally:
-        for process in (group / "cgroup.procs").read_text().split():  # this one, and daemons that it has started
-            with contextlib.suppress(ProcessLookupError):
-                (home / "cgroup.procs").write_text(process)
-        group.rmdir()  # its page cache goes over to the group above
+        _dissolve(group)
+
+
+def _dissolve(group: Path) -> None:
+    """Have everything that is in a group in the one above, with its page cache, and take it away.
+
+    Whatever is measured is more than an empty group that stays behind: no error comes of it.
+    """
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(OSError):
+            for process in (group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    (group.parent / "cgroup.procs").write_text(process)
+            group.rmdir()
+            return
+        time.sleep(0.1)  # a process that was started meanwhile, or one that is just ending
 
 
 def limit_now() -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from layerfs.bench import calibration, runfile
+from layerfs.bench import calibration, runfile, workload
 from layerfs.bench.results import Run
 from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
@@ -41,7 +41,22 @@ class CounterKey(NamedTuple):
         return f"{self.workload}: {self.counter} on {self.target}"
 
 
-_AnyKey = TypeVar("_AnyKey", Key, CounterKey)
+class Subject(NamedTuple):
+    """What belongs together: all steps and counters of a workload on a target.
+
+    Attributes:
+        workload: its label; "" for all of the target.
+    """
+
+    workload: str
+    target: str
+
+    @classmethod
+    def of(cls, key: Key | CounterKey) -> Subject:
+        return cls(key.workload, key.target)
+
+
+_AnyKey = TypeVar("_AnyKey", Key, CounterKey, Subject)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,8 @@ class Recorded:
         counters: of every sample; the lower, the better.
         thresholds: of a calibration, as parts.
         warnings: of the runs.
+        conditions: how it was measured, by name; figures of other conditions do not compare.
+        failures: why something could not be measured.
     """
 
     name: str
@@ -63,16 +80,22 @@ class Recorded:
     counters: Mapping[CounterKey, Sequence[int]]
     thresholds: Mapping[Key, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    conditions: Mapping[Subject, Mapping[str, object]] = field(default_factory=dict)
+    failures: Mapping[Subject, str] = field(default_factory=dict)
 
     def only(self, target: str, named: str) -> Recorded:
         """What belongs to one target, under another name."""
-        return Recorded(
-            self.name,
-            self.machine,
-            {key._replace(target=named): value for key, value in self.seconds.items() if key.target == target},
-            {key._replace(target=named): value for key, value in self.counters.items() if key.target == target},
-            {key._replace(target=named): value for key, value in self.thresholds.items() if key.target == target},
-            self.warnings,
+
+        def taken(all_: Mapping[_AnyKey, _V]) -> dict[_AnyKey, _V]:
+            return {key._replace(target=named): value for key, value in all_.items() if key.target == target}
+
+        return replace(
+            self,
+            seconds=taken(self.seconds),
+            counters=taken(self.counters),
+            thresholds=taken(self.thresholds),
+            conditions=taken(self.conditions),
+            failures=taken(self.failures),
         )
 
     def joined(self) -> Recorded:
@@ -81,7 +104,19 @@ class Recorded:
             self,
             seconds=_gathered((_of_first(key), times) for key, times in self.seconds.items()),
             counters=_gathered((_of_first(key), values) for key, values in self.counters.items()),
+            conditions={_of_first(key): names for key, names in self.conditions.items()},
+            failures={_of_first(key): reason for key, reason in self.failures.items()},
         )
+
+    def failure(self, key: Key | CounterKey) -> str:
+        """Why the figure is not there, in the system's words; "" where nothing failed."""
+        return self.failures.get(Subject.of(key)) or self.failures.get(Subject("", key.target), "")
+
+    @property
+    def setting(self) -> dict[str, object]:
+        """The machine with the file system of each target's backing, in which runs of one course do not differ."""
+        backings = {f"backing of {key.target}": names.get("backing") for key, names in self.conditions.items()}
+        return {**self.machine, **backings}
 
     def without(self, facts: Collection[str]) -> Recorded:
         """The same, as if nobody knew these facts of the machine."""
@@ -104,10 +139,20 @@ def document(file: Path) -> Any:
 
 
 def differences(base: Mapping[str, object], head: Mapping[str, object]) -> list[str]:
-    """In what two `Recorded.machine` are not the same, so that figures of the two do not compare."""
+    """In what two `Recorded.machine`, or conditions, are not the same, so that figures of the two do not compare.
+
+    What only one of them tells is no difference: versions tell more and more.
+    """
     return [
         f"{name} {base[name]!r} and {head[name]!r}" for name in sorted({*base} & {*head}) if base[name] != head[name]
     ]
+
+
+def unlike(base: Recorded, head: Recorded) -> dict[Subject, list[str]]:
+    """What both have but measured differently, and in which conditions."""
+    both = [subject for subject in base.conditions if subject in head.conditions]
+    found = {subject: differences(base.conditions[subject], head.conditions[subject]) for subject in both}
+    return {subject: names for subject, names in found.items() if names}
 
 
 def parse(document: Any, name: str) -> Recorded:
@@ -118,9 +163,12 @@ def parse(document: Any, name: str) -> Recorded:
             raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
         seconds: dict[Key, list[float]] = {}
         counters: dict[CounterKey, list[int]] = {}
+        conditions: dict[Subject, Mapping[str, object]] = {}
+        unsized = {work for work, kind in workload.discover().items() if not kind.sized}
         for benchmark in document["benchmarks"]:
             extra = benchmark["extra_info"]
             label, target = extra["label"], extra["target"]
+            conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized)
             seconds[Key(label, extra["step"], target)] = [float(value) for value in benchmark["stats"]["data"]]
             if extra["processor"]:
                 step = extra["step"] + calibration.PROCESSOR
@@ -128,9 +176,11 @@ def parse(document: Any, name: str) -> Recorded:
             for counter, values in extra["counters"].items():
                 counters[CounterKey(label, counter, target)] = [int(value) for value in values]
         thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
-        backings = {f"backing of {t}": facts["backing"].get("filesystem") for t, facts in _targets(own).items()}
-        machine = {**own["fingerprint"]["machine"], **backings}
-        return Recorded(name, machine, seconds, counters, thresholds, own["warnings"])
+        failures = {Subject("", target): str(reason) for target, reason in own.get("left_out", {}).items()}
+        for failure in own.get("failures", ()):
+            failures[Subject(failure["workload"], failure["target"])] = str(failure["reason"])
+        machine = dict(own["fingerprint"]["machine"])
+        return Recorded(name, machine, seconds, counters, thresholds, own["warnings"], conditions, failures)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
 
@@ -155,7 +205,15 @@ def together(runs: Sequence[Recorded], name: str) -> Recorded:
     seconds = _gathered(samples for run in runs for samples in run.seconds.items())
     counters = _gathered(samples for run in runs for samples in run.counters.items())
     warnings = dict.fromkeys(warning for run in runs for warning in run.warnings)
-    return Recorded(name, runs[0].machine, seconds, counters, runs[0].thresholds, list(warnings))
+    return replace(
+        runs[0],
+        name=name,
+        seconds=seconds,
+        counters=counters,
+        warnings=list(warnings),
+        conditions={key: names for run in reversed(runs) for key, names in run.conditions.items()},
+        failures={key: reason for run in runs for key, reason in run.failures.items()},
+    )
 
 
 def _gathered(samples: Iterable[tuple[_K, Sequence[_V]]]) -> dict[_K, list[_V]]:
@@ -169,6 +227,14 @@ def _of_first(key: _AnyKey) -> _AnyKey:
     return key._replace(target=first_of_pair(key.target) or key.target)
 
 
-def _targets(own: Any) -> dict[str, Any]:
-    targets: dict[str, Any] = own["fingerprint"]["targets"]
-    return targets
+def _conditions(benchmark: Any, fingerprint: Any, unsized: Collection[str]) -> dict[str, object]:
+    """Of a figure: parameters with the size, the cache's state and how it was reached, the backing, and the user."""
+    extra = benchmark["extra_info"]
+    meaningless = {"target", "size"} if extra["workload"] in unsized else {"target"}
+    reached = sorted({f"{cache['asked']} by {cache['how']}" for cache in extra.get("cache", ())})
+    return {
+        **{name: value for name, value in benchmark["params"].items() if name not in meaningless},
+        "cache": " and ".join(reached) or "any",
+        "backing": fingerprint["targets"][extra["target"]]["backing"].get("filesystem"),
+        **({"user": fingerprint["user"]} if "user" in fingerprint else {}),
+    }

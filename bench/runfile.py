@@ -18,7 +18,7 @@ from types import MappingProxyType
 from layerfs.bench import calibration, fingerprint
 from layerfs.bench.results import Run, Series
 from layerfs.bench.statistics import Interval, median, ratio
-from layerfs.errors import refused
+from layerfs.errors import InvalidArgument, refused
 from layerfs.sizes import format_size
 
 FORMAT = 1
@@ -52,6 +52,17 @@ def document(run: Run, more: Mapping[str, object] = MappingProxyType({})) -> dic
             **more,
         },
     }
+
+
+def check(file: Path) -> None:
+    """Raise `InvalidArgument` where no such file could be written; to be asked before minutes of measuring."""
+    if file.is_dir():
+        raise InvalidArgument(f"{str(file)!r} is a directory; name a file in it")
+    there = next(place for place in file.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise InvalidArgument(f"{str(file)!r} cannot be written: {str(there)!r} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InvalidArgument(f"{str(file)!r} cannot be written: {str(there)!r} does not allow it; name another place")
 
 
 def write(contents: dict[str, object], file: Path) -> None:

@@ -98,6 +98,7 @@ class Plan:
         """What a run that goes on with this one's samples must have in common with it."""
         works = [{"label": work.label, **work.parameters, "size": work.size} for work in self.workloads]
         return {
+            "seed": self.seed,
             "targets": list(self.targets),
             "workloads": works,
             "filesystem": self.filesystem,
@@ -127,7 +128,7 @@ def run(
     what the layers raise while it does, and KeyboardInterrupt where ``interrupts`` saw a signal.
     """
     _check(plan)
-    earlier = journal.samples(plan.workloads) if journal else []
+    earlier = journal.samples(plan.workloads, fingerprint.circumstances(plan.place)) if journal else []
     started, watch = datetime.now(UTC), Watch(plan.place, direct=plan.filesystem in (None, DIRECTORY))
     with Scratch(plan.place, interrupts, kinds) as scratch, memory.capped(plan.memory):
         for work in plan.workloads:

@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _RESAMPLES = 2000
-_PERMUTATIONS = 5000
-SMALLEST_CHANCE = 1 / (_PERMUTATIONS + 1)
-"""The least that `difference` can say."""
 _LEVEL = 0.95
 # Fixed, so that one set of samples always gives one interval.
 _SEED = 20_141
@@ -57,19 +54,40 @@ def mean_ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], weights
 
 
 def difference(samples: Sequence[float], reference: Sequence[float]) -> float:
-    """The probability that one source gave both, by a permutation test on the sum of ranks (as Mann and Whitney's).
+    """The probability that one source gave both, by the exact permutation test on the sum of ranks (Mann and Whitney).
 
     No assumption about how noise is distributed, and ties (fio tells whole milliseconds) do no harm.
     """
-    together = [*samples, *reference]
-    ordered = sorted(together)
-    rank = {value: (bisect_left(ordered, value) + bisect_right(ordered, value)) / 2 for value in ordered}
-    ranks = [rank[value] for value in together]
-    expected = len(samples) * len(together) / 2
-    seen = abs(sum(ranks[: len(samples)]) - expected)
-    source = random.Random(_SEED)  # noqa: S311
-    extreme = sum(abs(sum(source.sample(ranks, len(samples))) - expected) >= seen - 1e-9 for _ in range(_PERMUTATIONS))
-    return (extreme + 1) / (_PERMUTATIONS + 1)
+    ordered = sorted([*samples, *reference])
+    # Twice the mean of the ranks that equal values share, and so a whole number.
+    rank = {value: bisect_left(ordered, value) + bisect_right(ordered, value) + 1 for value in ordered}
+    fewer = min(samples, reference, key=len)
+    expected = len(fewer) * (len(ordered) + 1)
+    seen = abs(sum(rank[value] for value in fewer) - expected)
+    ways = _ways([rank[value] for value in ordered], len(fewer))
+    extreme = sum(number for total, number in ways.items() if abs(total - expected) >= seen)
+    return extreme / math.comb(len(ordered), len(fewer))
+
+
+def smallest_chance(samples: int, reference: int) -> float:
+    """The least that `difference` can say of so many: all of one side lie above all of the other, or all below."""
+    return 2 / math.comb(samples + reference, samples)
+
+
+def _ways(ranks: Sequence[int], chosen: int) -> dict[int, int]:
+    """In how many ways so many of the ranks add up to each sum.
+
+    The counts of all sums are the digits of one large number, which a rank that is added shifts.
+    """
+    unit = math.gcd(*ranks)
+    width = len(ranks) // 8 + 1  # bytes of a digit: no count exceeds two to the number of ranks
+    digits = [1] + [0] * chosen  # by how many ranks are in the sum
+    for rank in ranks:
+        for number in range(chosen, 0, -1):
+            digits[number] += digits[number - 1] << (8 * width * (rank // unit))
+    data = digits[chosen].to_bytes(digits[chosen].bit_length() // 8 + 1, "little")
+    counts = (int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width))
+    return {place * unit: count for place, count in enumerate(counts) if count}
 
 
 def proportion(found: int, total: int) -> Interval:

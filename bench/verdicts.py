@@ -12,28 +12,63 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from layerfs.bench.compare import Clock, Comparison, Counter, Verdict
+from layerfs.bench.compare import SIGNIFICANT, UNCALIBRATED, Clock, Comparison, Counter, Uncompared, Verdict
+from layerfs.cli.output import one_line
 from layerfs.sizes import format_size
 
 MARKDOWN_LIMIT = 900_000
 """Bytes: a GitHub step summary may have 1024 KiB, and others write to it, too."""
 
-_COLOURS = {Verdict.WORSE: "bold red", Verdict.BETTER: "green", Verdict.SAME: "dim", Verdict.UNCLEAR: "yellow"}
-_MARKS = {Verdict.WORSE: "❌ worse", Verdict.BETTER: "✅ better", Verdict.SAME: "same", Verdict.UNCLEAR: "cannot tell"}
+_COLOURS = {
+    Verdict.WORSE: "bold red",
+    Verdict.FAILED: "bold red",
+    Verdict.BETTER: "green",
+    Verdict.SAME: "dim",
+}
+_UNTOLD_COLOUR = "yellow"
+_MARKS = {Verdict.WORSE: "❌ worse", Verdict.FAILED: "❌ failed in the head", Verdict.BETTER: "✅ better"}
+_ORDER = (
+    *(Verdict.FAILED, Verdict.WORSE, Verdict.MISSING, Verdict.UNLIKE, Verdict.TOO_FEW, Verdict.UNCLEAR),
+    *(Verdict.BETTER, Verdict.SAME),
+)
 _HEADER = ("", "base", "head", "difference", "verdict")
 
 
 def summary(comparison: Comparison) -> str:
     """The whole verdict in a sentence."""
-    worse, unclear = len(comparison.regressions), len(comparison.unclear)
-    total = len(comparison.counters) + len(comparison.clocks)
-    if worse:
-        return f"{worse} of {total} figures are worse than in the base"
-    if comparison.missing:
-        return f"the head lacks {len(comparison.missing)} of the base's figures; nothing else is worse"
-    if unclear:
-        return f"nothing is worse as far as can be told; {unclear} of {total} figures are too noisy to tell"
-    return f"nothing is worse: {total} figures"
+    total = len(comparison.all)
+    worse, failed, few, noisy, unlike, missing = (
+        len(comparison.having(verdict))
+        for verdict in (
+            *(Verdict.WORSE, Verdict.FAILED, Verdict.TOO_FEW, Verdict.UNCLEAR, Verdict.UNLIKE, Verdict.MISSING),
+        )
+    )
+    parts = []
+    if comparison.verdict is Verdict.SAME:
+        parts.append(f"nothing is worse: {total} figures, each the same or better")
+    elif comparison.verdict is Verdict.UNCLEAR:
+        parts.append(f"nothing is worse as far as can be told of {total} figures")
+    parts += [f"{worse} of {total} figures {_are(worse)} worse than in the base"] if worse else []
+    parts += [f"{failed} of {total} figures could not be measured in the head"] if failed else []
+    parts += [f"{missing} {_are(missing)} missing in the head"] if missing else []
+    parts += [f"{unlike} {_are(unlike)} not compared, for the head measured differently"] if unlike else []
+    if few:
+        least = comparison.fewest
+        have = "has" if few == 1 else "have"
+        parts.append(f"{few} {have} too few samples to tell: measure at least {least} a side (--rounds {least})")
+    parts += [f"{noisy} {_are(noisy)} too noisy to tell"] if noisy else []
+    return "; ".join(parts)
+
+
+def reasons(comparison: Comparison) -> list[str]:
+    """Why figures are not compared, each reason once."""
+    together: dict[tuple[Verdict, str], int] = {}
+    for one in sorted(comparison.uncompared, key=lambda one: _ORDER.index(one.verdict)):
+        together[one.verdict, one.why] = together.get((one.verdict, one.why), 0) + 1
+    return [
+        f"{_capital(verdict)} ({number} figure{'s' if number != 1 else ''}): {why}"
+        for (verdict, why), number in together.items()
+    ]
 
 
 def table(comparison: Comparison) -> Group:
@@ -43,8 +78,13 @@ def table(comparison: Comparison) -> Group:
         shown.add_column(title, justify="left" if title in ("", "verdict") else "right")
     for change in _ordered(comparison):
         cells = _cells(change)
-        shown.add_row(*map(Text, cells[:-1]), Text(cells[-1], _COLOURS[change.verdict]))
-    return Group(shown, Text(_explanation(comparison), "dim"), Text(_capital(summary(comparison)) + "."))
+        shown.add_row(*map(Text, cells[:-1]), Text(cells[-1], _COLOURS.get(change.verdict, _UNTOLD_COLOUR)))
+    return Group(
+        shown,
+        Text(_explanation(comparison), "dim"),
+        *(Text(f"{one_line(reason)}.") for reason in reasons(comparison)),
+        Text(_capital(summary(comparison)) + "."),
+    )
 
 
 def markdown(comparison: Comparison) -> str:
@@ -55,12 +95,13 @@ def markdown(comparison: Comparison) -> str:
         "| figure | base | head | difference | verdict |",
         "|---|--:|--:|--:|---|",
     ]
-    foot = ["", _explanation(comparison), *(f"- {plain(warning)}" for warning in comparison.warnings)]
+    notes = (*reasons(comparison), *comparison.warnings)
+    foot = ["", _explanation(comparison), *(f"- {plain(note)}" for note in notes)]
     size = sum(len(line.encode()) + 1 for line in (*top, *foot))
     rows: list[str] = []
     changes = _ordered(comparison)
     for change in changes:
-        cells = [*_cells(change)[:-1], _MARKS[change.verdict]]
+        cells = [*_cells(change)[:-1], _MARKS.get(change.verdict, change.verdict.value)]
         row = "| " + " | ".join(map(plain, cells)) + " |"
         size += len(row.encode()) + 1
         if size > MARKDOWN_LIMIT:
@@ -71,22 +112,24 @@ def markdown(comparison: Comparison) -> str:
 
 
 def junit(comparison: Comparison) -> str:
-    """A test case for each figure: failed where it is worse, skipped where nobody can tell."""
+    """A test case for each figure: failed where it is worse, skipped where it was not compared or nobody can tell."""
     suite = ElementTree.Element("testsuite", name="layerfs gate")
     failures = skipped = 0
     for change in _ordered(comparison):
         case = ElementTree.SubElement(suite, "testcase", classname=change.key.workload, name=_clean(str(change.key)))
         base, head, difference, verdict = _cells(change)[1:]
-        if change.verdict is Verdict.WORSE:
+        if isinstance(change, Uncompared):
+            said = f"{verdict}: {change.why}"
+        elif change.verdict is Verdict.WORSE:
+            said = f"{base} in the base, {head} in the head: {difference}"
+        else:
+            said = f"{verdict}: {difference}"
+        if change.verdict in (Verdict.WORSE, Verdict.FAILED):
             failures += 1
-            ElementTree.SubElement(case, "failure", message=_clean(f"{base} in the base, {head} now: {difference}"))
-        elif change.verdict is Verdict.UNCLEAR:
+            ElementTree.SubElement(case, "failure", message=_clean(said))
+        elif change.verdict not in (Verdict.BETTER, Verdict.SAME):
             skipped += 1
-            ElementTree.SubElement(case, "skipped", message=_clean(f"{verdict}: {difference}"))
-    for key in comparison.missing:
-        skipped += 1
-        case = ElementTree.SubElement(suite, "testcase", classname=key.workload, name=_clean(str(key)))
-        ElementTree.SubElement(case, "skipped", message="the head has no such figure")
+            ElementTree.SubElement(case, "skipped", message=_clean(said))
     suite.attrib |= {"tests": str(len(suite)), "failures": str(failures), "skipped": str(skipped), "errors": "0"}
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -95,47 +138,71 @@ def junit(comparison: Comparison) -> str:
 def as_json(comparison: Comparison) -> dict[str, object]:
     """Everything, for programs."""
     return {
-        "format": 1,
+        "format": 2,
         "verdict": comparison.verdict.value,
         "summary": summary(comparison),
         "base": comparison.base,
         "head": comparison.head,
-        "calibrated": comparison.calibrated,
+        "calibrated": comparison.calibrated > 0,
         "counters": [{**asdict(c), "key": c.key._asdict()} for c in comparison.counters],
         "clocks": [{**asdict(c), "key": c.key._asdict()} for c in comparison.clocks],
-        "missing": [key._asdict() for key in comparison.missing],
+        "uncompared": [{**asdict(c), "key": c.key._asdict()} for c in comparison.uncompared],
+        "fewest_samples": comparison.fewest,
         "warnings": list(comparison.warnings),
     }
 
 
-def _ordered(comparison: Comparison) -> list[Counter | Clock]:
-    order = [Verdict.WORSE, Verdict.UNCLEAR, Verdict.BETTER, Verdict.SAME]
-    return sorted((*comparison.counters, *comparison.clocks), key=lambda change: order.index(change.verdict))
+def _ordered(comparison: Comparison) -> list[Counter | Clock | Uncompared]:
+    """The worst first, of one verdict the larger change."""
+
+    def key(change: Counter | Clock | Uncompared) -> tuple[int, float]:
+        if isinstance(change, Uncompared):
+            return _ORDER.index(change.verdict), 0.0
+        return _ORDER.index(change.verdict), -(change.head / change.base if change.base else change.head)
+
+    return sorted(comparison.all, key=key)
 
 
-def _cells(change: Counter | Clock) -> tuple[str, str, str, str, str]:
+def _cells(change: Counter | Clock | Uncompared) -> tuple[str, str, str, str, str]:
     """As `_HEADER` has them."""
+    if isinstance(change, Uncompared):
+        return str(change.key), "", "", "", change.verdict.value
     if isinstance(change, Counter):
-        figures = [
-            format_size(round(value)) if "bytes" in change.key.counter else f"{value:,.0f}"
-            for value in (change.base, change.head)
-        ]
-        difference = f"{change.head / change.base - 1:+.1%}" if change.base else f"{change.head - change.base:+,.0f}"
-        return str(change.key), figures[0], figures[1], difference, change.verdict.value
+        base, head = (_counted(change.key.counter, value) for value in (change.base, change.head))
+        more = (
+            f"{change.head / change.base - 1:+.1%}" if change.base else f"from none to {head}" if change.head else "0"
+        )
+        return str(change.key), base, head, more, change.verdict.value
     times = [humanize.metric(value, "s", precision=3) for value in (change.base, change.head)]
     low, middle, high = (f"{part - 1:+.1%}" for part in (change.ratio.low, change.ratio.middle, change.ratio.high))
     difference = f"{middle} ({low} to {high}; more than {change.threshold:.0%} counts)"
+    if change.verdict is Verdict.TOO_FEW:
+        difference = f"{middle} ({change.samples[0]} samples and {change.samples[1]})"
     return str(change.key), times[0], times[1], difference, change.verdict.value
 
 
+def _counted(counter: str, value: float) -> str:
+    return format_size(round(value)) if "bytes" in counter else f"{value:,.0f}"
+
+
 def _explanation(comparison: Comparison) -> str:
-    source = (
-        "a calibration on this machine" if comparison.calibrated else "no calibration, and so from a cautious default"
-    )
+    times, known = len(comparison.clocks), comparison.calibrated
+    default = f"a cautious {UNCALIBRATED:.0%}"
+    if known == 0:
+        source = f"there is no calibration for these times, so each threshold is {default}"
+    elif known == times:
+        source = "thresholds are the noise that a calibration on this machine showed"
+    else:
+        source = f"thresholds are the noise that a calibration showed for {known} of {times} times, else {default}"
     return (
-        "Counters are compared sample by sample. A time is worse when the 95 % interval of the ratio of medians lies "
-        f"beyond its threshold and a permutation test agrees (p < 0.01); thresholds come from {source}."
+        "A counter is worse when every sample of the head lies above every sample of the base. A time is worse when "
+        "the ratio of medians exceeds its threshold, the ratio's whole 95 % interval lies above the slowdown that is "
+        f"always tolerated, and a permutation test agrees (p < {SIGNIFICANT} / {times} times); {source}."
     )
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _capital(text: str) -> str:

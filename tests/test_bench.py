@@ -83,6 +83,7 @@ def test_all_usable_drivers_run_all_workloads(scratch: Path, tmp_path: Path) -> 
     control = {step for step in steps if step[0] == "native"}
     assert steps - control == expected
     assert {work for _, work, _ in control} == set(_STEPS) - {"diff-apply", "layer-lifecycle"}
+    assert set(run["layerfs"]["left_out"]) == set(registry.names()) - set(drivers)
     for driver in drivers:
         assert driver in done.stdout
         assert run["layerfs"]["fingerprint"]["targets"][driver]["driver"] == driver
@@ -145,6 +146,22 @@ def test_json_is_the_run_file_and_nothing_else(scratch: Path, tmp_path: Path) ->
     done = _bench(scratch, *arguments, "--output", str(file))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(file.read_text())
+
+
+def test_what_cannot_work_is_refused_before_anything_is_measured(scratch: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ("--driver", "vfs", "--size", "1M", "--rounds", "1", "--workload", "layer-lifecycle")
+    for more, said in (
+        (("--output", str(tmp_path)), "is a directory"),
+        (("--output", str(tmp_path / "file" / "run.json")), "is no directory"),
+        (("--output", str(tmp_path), "--guest"), "is a directory"),
+        (("--max-time", "1"), "--max-time has no effect"),
+        (("--precision", "1"), "--precision has no effect"),
+    ):
+        done = _bench(scratch, *arguments, *more)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, "not even a warning about the machine, which comes with figures"
+        assert said in done.stderr
 
 
 def test_the_run_file_goes_to_results_where_there_is_one(scratch: Path, tmp_path: Path) -> None:

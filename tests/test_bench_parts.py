@@ -69,6 +69,8 @@ def test_the_probability_of_one_source_is_small_only_for_different_samples() -> 
     source = random.Random(3)
     assert statistics.difference([20.0, 21.0, 19.0, 20.5, 22.0], [10.0, 10.5, 9.5, 10.0, 10.2]) < 0.01
     assert statistics.difference([5.0] * 6, [5.0] * 6) == 1.0, "ties say nothing"
+    assert statistics.difference([2.0] * 8, [1.0] * 8) == pytest.approx(statistics.smallest_chance(8, 8))
+    assert statistics.difference([1, 2], [2, 3, 4]) == pytest.approx(0.3), "1 with either 2, or 3 with 4: three of ten"
     found = [
         statistics.difference([source.gauss(10, 1) for _ in range(8)], [source.gauss(10, 1) for _ in range(8)])
         for _ in range(60)

@@ -50,7 +50,7 @@ class Unsteady(Steady):
 
 @dataclass(frozen=True)
 class Stopped(Steady):
-    """Stops the whole run at its third sample, once."""
+    """Stops the whole run at its third sample and at its fifth, once each."""
 
     name = "stopped"
     fuse: str = ""
@@ -58,7 +58,7 @@ class Stopped(Steady):
     def measure(self, layer: Layer) -> list[Timing]:  # noqa: ARG002
         with open(self.fuse, "a") as fuse:
             fuse.write("x")
-        if os.path.getsize(self.fuse) == 3:
+        if os.path.getsize(self.fuse) in (3, 5):
             raise KeyboardInterrupt
         return [Timing("step", float(os.path.getsize(self.fuse)))]
 
@@ -106,9 +106,14 @@ def test_a_stopped_run_goes_on_with_its_samples_and_nothing_is_measured_twice(
     assert len(file.read_text().splitlines()) == 3, "the plan, and two samples"
     with open(file, "a") as torn:
         torn.write('{"target": "nat')
+    with pytest.raises(KeyboardInterrupt):
+        _taken(plan, Journal(file, plan.identity))
+    assert len(file.read_text().splitlines()) == 4, "what was cut off is gone, or the next line would be with it"
+    with open(file, "ab") as torn:
+        torn.write(b'{"target": "\xc3')
     journal = Journal(file, plan.identity)
     run = _taken(plan, journal)
-    assert [(s.round, s.timings[0].seconds) for s in run.samples] == [(0, 1.0), (1, 2.0), (2, 4.0), (3, 5.0)]
+    assert [(s.round, s.timings[0].seconds) for s in run.samples] == [(0, 1.0), (1, 2.0), (2, 4.0), (3, 6.0)]
     assert any("went on" in warning for warning in run.warnings)
     journal.finish()
     assert not file.exists()
@@ -120,6 +125,19 @@ def test_a_stopped_run_of_other_options_is_not_mixed_in(plan: runner.Plan, tmp_p
     other = dataclasses.replace(plan, filesystem="ext4")
     with pytest.raises(InvalidArgument, match=r"run\.stopped"):
         _taken(other, Journal(file, other.identity))
+
+
+@pytest.mark.parametrize("name", ["kernel", "user", "version of layerfs", "seed"])
+def test_a_run_that_was_stopped_elsewhere_is_not_gone_on_with(plan: runner.Plan, tmp_path: Path, name: str) -> None:
+    plan, file = dataclasses.replace(plan, rounds=1), tmp_path / "run.stopped"
+    _taken(plan, Journal(file, plan.identity))
+    first, *samples = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([json.dumps({**json.loads(first), name: "another"}) + "\n", *samples]))
+    with pytest.raises(InvalidArgument, match=f"{name} was 'another' and is "):
+        _taken(plan, Journal(file, plan.identity))
+    file.write_text(first[:40])
+    _taken(plan, Journal(file, plan.identity))
+    assert file.read_text().startswith(first), "stopped in its first line, it begins anew"
 
 
 def test_a_calibration_measures_each_driver_twice_and_keeps_the_noise(plan: runner.Plan) -> None:
@@ -167,6 +185,28 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         assert 0 < float(done.stdout) < 0.67
     finally:
         place.unlink(missing_ok=True)
+
+
+def test_what_was_started_below_the_memory_cap_and_stays_does_not_hold_it() -> None:
+    program = (
+        "import subprocess; from layerfs.bench import memory\n"
+        "home, before = memory._home()[0], memory.limit_now()\n"
+        "with memory.capped(128 << 20):\n"
+        "    daemon = subprocess.Popen(['sleep', '60'])\n"
+        "try:\n"
+        "    assert memory.limit_now() == before\n"
+        "    assert not list(home.glob('layerfs-bench-*'))\n"
+        "    assert str(daemon.pid) in (home / 'cgroup.procs').read_text().split()\n"
+        "finally:\n"
+        "    daemon.kill()\n"
+    )
+    try:
+        with memory.capped(memory.SMALLEST):
+            pass
+    except EnvironmentUnfit as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_work_is_done_only_where_it_is_wanted(plan: runner.Plan) -> None:

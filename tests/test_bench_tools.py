@@ -53,11 +53,11 @@ def test_a_rate_has_clopper_and_pearsons_interval(found: int, total: int, low: f
 
 def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch: Path, tmp_path: Path) -> None:
     output = tmp_path / "trial.jsonl"
-    options = ["--size=1M", "--rounds=5", "--fault-trials=1", "--quiet-trials=1", f"--scratch={scratch}"]
+    options = ["--size=1M", "--rounds=6", "--fault-trials=1", "--quiet-trials=1", f"--scratch={scratch}"]
     first = _module("gate_trial", *options, f"--output={output}")
     assert first.returncode == 0, first.stderr
     settings, *trials = map(json.loads, output.read_text().splitlines())
-    assert settings["rounds"] == 5
+    assert settings["rounds"] == 6
     found = {fault: keys for trial in trials for fault, keys in trial["found"].items()}
     assert set(found) == {
         *("unchanged", "5 % more work", "10 % more work", "20 % more work", "50 % more work"),
@@ -72,7 +72,7 @@ def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch
     assert "lost sharing" in again.stdout
     assert "of 2" not in again.stderr, "nothing was left to measure"
     assert len(output.read_text().splitlines()) == 3
-    other = _module("gate_trial", "--rounds=6", f"--output={output}", f"--scratch={scratch}")
+    other = _module("gate_trial", "--rounds=7", f"--output={output}", f"--scratch={scratch}")
     assert other.returncode == 2
     assert "other settings" in other.stderr
 

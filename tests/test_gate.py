@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 from layerfs.bench import compare, recorded, runfile, verdicts
+from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.compare import Verdict
 from layerfs.bench.recorded import Key
 from layerfs.bench.results import Run, Sample
@@ -34,16 +37,29 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Writes a run file of one step with these times, and one counter."""
 
-    def made(name: str, seconds: Sequence[float], copied: int = 0, machine: dict[str, object] | None = None) -> Path:
-        work = discover()["copyup-first-write"](1 << 20, 0)
+    def made(
+        name: str,
+        seconds: Sequence[float],
+        copied: int | None = 0,
+        *,
+        machine: dict[str, object] | None = None,
+        size: int = 1 << 20,
+        backing: str = "ext4",
+        user: str = "root",
+        how: str = "read",
+        target: str = "overlay2",
+        left_out: Mapping[str, str] = MappingProxyType({}),
+    ) -> Path:
+        work = discover()["copyup-first-write"](size, 0)
+        counters = {} if copied is None else {"bytes copied up": copied}
         samples = [
-            Sample("overlay2", work, number, [Timing("open", value)], {"bytes copied up": copied}, None)
+            Sample(target, work, number, [Timing("open", value)], counters, Reached(CacheState.WARM, how, 1.0))
             for number, value in enumerate(seconds)
         ]
-        backing = {"backing": {"filesystem": "ext4"}}
-        facts = {"machine": machine or _MACHINE, "targets": {"overlay2": backing}}
-        run = Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 20, 7, ["overlay2"], samples, facts, ["it was hot"])
-        runfile.write(runfile.document(run), tmp_path / name)
+        targets = {target: {"backing": {"filesystem": backing}}}
+        facts = {"machine": machine or _MACHINE, "targets": targets, "user": user}
+        run = Run(datetime(2026, 1, 31, tzinfo=UTC), size, 7, [target], samples, facts, ["it was hot"])
+        runfile.write(runfile.document(run, {"left_out": dict(left_out)}), tmp_path / name)
         return tmp_path / name
 
     return made
@@ -75,9 +91,19 @@ def test_a_difference_below_the_threshold_is_no_regression_however_clear() -> No
     assert found.chance < 0.01
 
 
-def test_few_or_wild_samples_cannot_tell() -> None:
+def test_few_samples_are_called_too_few_and_what_is_called_enough_is() -> None:
     key = Key("w", "s", "t")
-    assert compare.clock(key, [1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 0.1).verdict is Verdict.UNCLEAR, "three could be chance"
+    for figures in (1, 20, 300):
+        for bases in (1, 2):
+            enough = compare.fewest(figures, bases)
+            base, head = [1.0] * enough * bases, [2.0] * enough
+            assert compare.clock(key, base, head, 0.1, figures=figures).verdict is Verdict.WORSE
+            few = compare.clock(key, base[bases:], head[1:], 0.1, figures=figures)
+            assert few.verdict is Verdict.TOO_FEW, "all of head above all of base, and yet it could be chance"
+
+
+def test_wild_samples_cannot_tell() -> None:
+    key = Key("w", "s", "t")
     assert compare.clock(key, [1, 9, 2, 7, 3, 8], [2, 8, 3, 9, 1, 7], 0.1).verdict is Verdict.UNCLEAR
     assert compare.clock(key, [1.0] * 9, [1.0] * 9, 16.0).verdict is Verdict.UNCLEAR, "so much noise is blindness"
 
@@ -173,10 +199,10 @@ def test_compare_prints_and_never_fails_for_a_regression(write: Write) -> None:
 
 def test_markdown_stays_below_the_limit_and_keeps_the_worst() -> None:
     keys = [Key(f"work {number}" + "x" * 500, "step", "target") for number in range(5000)]
-    clock = compare.clock(keys[0], [1.0] * 2, [1.0] * 2, 0.1)
+    clock = compare.clock(keys[0], [1.0] * 9, [1.0] * 9, 16.0)
     clocks = [dataclasses.replace(clock, key=key) for key in keys]
     worst = compare.clock(Key("worst|<b>", "step", "target"), _noisy(1), _noisy(3), 0.1)
-    found = compare.Comparison("a", "b", [], [*clocks, worst], False, [], [])
+    found = compare.Comparison("a", "b", [], [*clocks, worst], [], 0, [])
     text = verdicts.markdown(found)
     assert len(text.encode()) <= verdicts.MARKDOWN_LIMIT + 100
     assert text.index("worst") < text.index("work 0")
@@ -195,6 +221,105 @@ def test_thresholds_come_from_a_calibration_file(write: Write, tmp_path: Path) -
     calibration.write_text(json.dumps(document))
     assert _gate(base, head, "--calibration", calibration).returncode == 0
     assert _gate(base, head, "--calibration", head).returncode == 2
+
+
+def _compare(*files: Path) -> subprocess.CompletedProcess[str]:
+    command = [*_LAYERFS, "compare", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_gate_that_cannot_fail_is_refused_and_says_how_many_samples_it_takes(write: Write) -> None:
+    base, head = write("base.json", [0.1] * 4), write("head.json", [0.9] * 4)
+    shown = _compare(base, head)
+    assert shown.returncode == 0
+    assert "1 has too few samples to tell: measure at least 5 a side" in shown.stdout
+    refused = _gate(base, head)
+    assert refused.returncode == 2
+    assert "--rounds 5" in refused.stderr.splitlines()[-1]
+    assert _gate(base, write("more.json", [0.1] * 4, 1 << 20)).returncode == 1, "a counter is sure"
+    assert _gate(write("base.json", [0.1] * 5), write("head.json", [0.9] * 5)).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"size": 2 << 20}, "size 1048576 and 2097152"),
+        ({"backing": "xfs"}, "backing 'ext4' and 'xfs'"),
+        ({"user": "not root of the host"}, "user 'root' and 'not root of the host'"),
+        ({"how": "fadvise"}, "cache 'warm by read' and 'warm by fadvise'"),
+    ],
+)
+def test_what_was_measured_differently_is_not_compared(write: Write, changed: dict[str, Any], named: str) -> None:
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.3), **changed)
+    for refused in (_compare(base, head), _gate(base, head, "--force")):
+        assert refused.returncode == 2
+        assert named in refused.stderr
+
+
+def test_of_runs_that_are_alike_only_in_part_the_rest_is_named(write: Write, tmp_path: Path) -> None:
+    documents = [json.loads(write(f"{size}.json", _noisy(0.1), size=size).read_text()) for size in (1 << 20, 2 << 20)]
+    other = json.loads(write("other.json", _noisy(0.1), target="vfs").read_text())
+    for place, document in zip(("base.json", "head.json"), documents, strict=True):
+        document["benchmarks"] += other["benchmarks"]
+        document["layerfs"]["fingerprint"]["targets"] |= other["layerfs"]["fingerprint"]["targets"]
+        (tmp_path / place).write_text(json.dumps(document))
+    done = _gate(tmp_path / "base.json", tmp_path / "head.json", "--strict")
+    assert done.returncode == 5
+    assert "2 are not compared, for the head measured differently" in done.stdout
+    assert "size 1048576 and 2097152" in done.stdout
+
+
+def test_a_driver_that_does_not_work_in_the_head_any_more_is_a_regression(write: Write, tmp_path: Path) -> None:
+    base, junit = write("base.json", _noisy(0.1)), tmp_path / "junit.xml"
+    head = write("head.json", _noisy(0.1), target="vfs", left_out={"overlay2": "mount: no such device"})
+    done = _gate(base, head, "--junit", junit)
+    assert done.returncode == 1
+    assert "mount: no such device" in done.stdout
+    failures = ElementTree.fromstring(junit.read_text()).iter("failure")  # noqa: S314 - our own
+    assert ["no such device" in failure.attrib["message"] for failure in failures] == [True, True]
+
+
+def test_a_counter_that_the_head_lacks_is_named(write: Write) -> None:
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.1, seed=2), None)
+    done = _gate(base, head)
+    assert done.returncode == 0
+    assert "1 is missing in the head" in done.stdout
+    assert _gate(base, head, "--strict").returncode == 5
+
+
+def test_a_calibration_of_other_conditions_says_nothing(write: Write, tmp_path: Path) -> None:
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.13, seed=2))
+    document = json.loads(write("other.json", _noisy(0.1), size=2 << 20).read_text())
+    ratio = {"low": 0.7, "middle": 1.0, "high": 1.4}
+    entry = {"workload": "copyup-first-write", "step": "open", "target": "overlay2", "ratio": ratio, "threshold": 0.4}
+    document["layerfs"]["calibration"] = [entry]
+    calibration = tmp_path / "calibration.json"
+    calibration.write_text(json.dumps(document))
+    assert _gate(base, head, "--calibration", calibration).returncode == 1
+
+
+def test_what_cannot_be_written_is_refused_first(write: Write, environments: tuple[Path, Path], tmp_path: Path) -> None:
+    base = write("base.json", _noisy(0.1))
+    for option in ("--markdown", "--junit"):
+        assert "is a directory" in _gate(base, base, option, tmp_path).stderr
+    # What is built would leave a trace.
+    build = ["--build-base", f"touch {tmp_path / 'built'}"]
+    done = _gate(*build, environments[1], "--keep", base)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "is no directory" in done.stderr
+    assert not (tmp_path / "built").exists()
+
+
+def test_options_without_effect_are_refused(write: Write, environments: tuple[Path, Path]) -> None:
+    base = write("base.json", _noisy(0.1))
+    for option in ("--rounds=20", "--driver=vfs", "--no-calibrate", "--seed=1"):
+        done = _gate(base, base, option)
+        assert done.returncode == 2
+        assert option.split("=")[0] in done.stderr.replace("--calibrate", "--no-calibrate")
+    for option in (f"--calibration={base}", "--guest=qemu"):
+        done = _gate(*environments, option)
+        assert done.returncode == 2
+        assert "no effect" in done.stderr
 
 
 # Two versions in one job
@@ -232,6 +357,7 @@ def test_two_environments_are_measured_in_turn_and_a_counter_gives_the_slow_one_
     keep = tmp_path / "kept"
     base, head = environments
     options = ["--driver", "overlay2", "--size", "1M", "--workload", "copyup-first-write", "--rounds", "5", "--json"]
+    options += ["--seed", str(2**31 - 1)]  # the largest one; later rounds have others
     done = _gate(base, *options, "--build-head", f"cp -a {head} {{}}", "--keep", keep)
     assert done.returncode == 1, done.stderr
     verdict = json.loads(done.stdout)
@@ -264,12 +390,36 @@ def test_more_rounds_are_measured_while_something_is_unclear(environments: tuple
         assert len(os.listdir(keep)) >= 3 * rounds
 
 
+def test_rounds_that_can_tell_nothing_are_refused_after_the_first(
+    environments: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, _ = environments
+    options = ["--driver", "vfs", "--size", "1M", "--workload", "copyup-first-write", "--no-calibrate"]
+    done = _gate(base, base, *options, "--rounds", "5", "--max-time", "0", "--keep", tmp_path / "kept")
+    assert done.returncode == 2
+    assert "give --rounds" in done.stderr
+    assert len(os.listdir(tmp_path / "kept")) == 2
+
+
 def test_a_build_that_fails_is_no_regression(environments: tuple[Path, Path]) -> None:
     done = _gate(environments[0], "--build-head", "false {}", "--driver", "overlay2")
     assert done.returncode == 4
     assert "building the head" in done.stderr
     empty = _gate(environments[0], "--build-head", "mkdir {}", "--driver", "overlay2")
     assert empty.returncode == 2
+
+
+def test_a_head_that_lacks_what_the_base_has_is_a_regression(environments: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = "import layerfs.drivers.vfs as v; from layerfs.driver import Probe\n"
+    broken += "v.VfsDriver.probe = classmethod(lambda cls, place: Probe(False, 'it is broken'))\n"
+    (environments[1] / "prelude.py").write_text(broken)
+    options = ["--driver", "vfs", "--size", "1M", "--workload", "layer-lifecycle", "--markdown", tmp_path / "found.md"]
+    done = _gate(*environments, *options)
+    assert done.returncode == 1, done.stderr
+    assert "could not be measured in the head" in done.stdout
+    assert "it is broken" in (tmp_path / "found.md").read_text()
+    both = _gate(environments[1], environments[1], *options)
+    assert both.returncode == 3, "nothing can be told"
 
 
 def test_what_cannot_run_is_told_from_what_fails(environments: tuple[Path, Path]) -> None:

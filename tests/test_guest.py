@@ -338,7 +338,7 @@ def test_a_benchmark_runs_in_a_guest_and_its_run_file_says_so(tmp_path: Path) ->
 @pytest.mark.skipif(KIND != "uml", reason="takes two kernels; the one of uml is a file that can be copied")
 def test_the_gate_compares_two_kernels_in_guests(tmp_path: Path) -> None:
     kernel, keep = shutil.copy(str(shutil.which(NEEDED)), tmp_path / "kernel"), tmp_path / "kept"
-    options = ["--driver=overlay2", "--size=64K", "--workload=copyup-first-write", "--rounds=5", "--no-calibrate"]
+    options = ["--driver=overlay2", "--size=64K", "--workload=copyup-first-write", "--rounds=7", "--no-calibrate"]
     places = [f"--scratch={tmp_path}", f"--keep={keep}", "--json"]
     kernels = [f"--base-kernel={shutil.which(NEEDED)}", f"--head-kernel={kernel}"]
     done = subprocess.run(
@@ -348,7 +348,7 @@ def test_the_gate_compares_two_kernels_in_guests(tmp_path: Path) -> None:
     counters = {entry["key"]["counter"]: entry for entry in json.loads(done.stdout)["counters"]}
     assert counters["bytes copied up"]["verdict"] == "same"
     runs = sorted(keep.iterdir())
-    assert len(runs) == 10
+    assert len(runs) == 14
     assert {json.loads(run.read_text())["layerfs"]["fingerprint"]["guest"]["kind"] for run in runs} == {KIND}
 
 

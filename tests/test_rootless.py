@@ -176,3 +176,12 @@ def test_bench_runs_without_root(user: Rootless) -> None:
     )
     assert json.loads(output.read_text())["benchmarks"]
     assert not list(scratch.iterdir())
+
+
+def test_advice_asks_what_works_here_as_the_other_commands_would_use_it(user: Rootless) -> None:
+    run = user.home / "run.json"
+    shutil.copy(Path(__file__).parent.parent / "results" / "claims-default-run.json", run)
+    usable = {d["name"] for d in json.loads(user("drivers", "--json")) if d["usable"]}
+    advice = json.loads(user("advise", "--builds", "--json", str(run)))
+    assert {entry["driver"] for entry in advice["ranking"]} <= usable
+    assert not usable & advice["left_out"].keys()

@@ -28,6 +28,7 @@ from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
 from layerfs.driver import Capability
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.kernel import userns
 from layerfs.sizes import format_size
 
 _FEW_SAMPLES = 5  # fewer can come out in any order by chance
@@ -230,8 +231,9 @@ def _refused(run: Evidence, left_out: Mapping[str, str], required: Sequence[str]
 
 
 def _unusable(runs: Iterable[Evidence]) -> dict[str, str]:
-    """Of the drivers in the runs, those that do not work on this machine."""
+    """Of the drivers in the runs, those that do not work on this machine for this user, as the other commands run."""
     place = default_scratch()
+    userns.enter()
     reasons = {}
     for driver in sorted({target for run in runs for target in run.fingerprint["targets"]} & set(registry.names())):
         probe = registry.load(driver).probe(place)

@@ -176,7 +176,7 @@ def parse(document: Any, name: str) -> RunFile:
         return RunFile(
             name=name,
             started=started if started.tzinfo else started.replace(tzinfo=UTC),
-            machine=known.machine,
+            machine=known.setting,
             facts=dict(own["fingerprint"]),
             warnings=[str(warning) for warning in known.warnings],
             targets=[str(target) for target in own["targets"]],
