@@ -167,7 +167,7 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         "with memory.capped(128 << 20):\n"
         "    assert memory.limit_now() == 128 << 20, memory.limit_now()\n"
         "    content.write_random(file, 192 << 20, 1)\n"
-        "    caches._heat([file])\n"
+        "    caches.read([file])\n"
         "    print(caches.resident(file))\n"
         "    daemon = subprocess.Popen(['sleep', '60'])\n"
         "assert daemon.poll() is None\n"
