@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from layerfs.bench.report import page, svg
 from layerfs.bench.report.claims import SIGNS, VERDICTS, Claim, counted
 
-_WIDTH, _CLAIM, _FIGURES = 820.0, 150.0, 600.0
+_WIDTH, _CLAIM, _FIGURES = 820.0, 168.0, 600.0  # the longest verdict fits into wide fonts, too
 _FILLS = ("f3", "f5", "f2", "dim", "dim")  # green, orange, vermilion
 _FILL = dict(zip(VERDICTS, _FILLS, strict=True))
 
