@@ -236,10 +236,12 @@ class PoolSession:
             self._backing.extend()
 
     def check_same(self) -> Status:
-        """Raise `Damaged` where the pool is not the one that the database tells of; else its status."""
-        status = self.pool.status()
-        noted = self.ledger.transaction
-        if status.mode != "failed" and status.transaction not in (noted, noted - 1):
+        """Raise `Damaged` where the pool is not the one that the database tells of; else its status.
+
+        The lock need not be held: another process may take both further meanwhile.
+        """
+        before, status, noted = self.ledger.transaction, self.pool.status(), self.ledger.transaction
+        if status.mode != "failed" and not before - 1 <= status.transaction <= noted:
             raise Damaged(
                 f"the thin pool {self.pool.name} is at transaction {status.transaction}, the database "
                 f"{str(self._lock.parent)!r} at {noted}: they are of different times, or of different stores; "
