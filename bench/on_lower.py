@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, lower_files, lower_names
+from layerfs.bench.content import Base, even_files, even_names, lower_files, lower_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Workload
 
@@ -41,3 +41,21 @@ class LowerReader(OnLower):
     @property
     def state(self) -> CacheState:
         return CacheState.COLD
+
+
+@dataclass(frozen=True)
+class OnSmallFiles(Workload):
+    """Uses ``files`` files of ``file_size`` bytes each, which `even_names` names."""
+
+    sized = False
+    file_size = 512
+
+    files: int = 1000
+
+    @property
+    def base(self) -> Base:
+        return even_files(self.files, self.file_size, self.seed)
+
+    @property
+    def reads(self) -> list[str]:
+        return even_names(self.files)

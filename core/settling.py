@@ -12,7 +12,6 @@ success means nothing for what was marked before: those marks become marks of no
 from __future__ import annotations
 
 import enum
-import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -22,9 +21,7 @@ from typing import Final
 
 from layerfs.errors import refused
 from layerfs.kernel.libc import check, libc
-from layerfs.session import Session, log_failure
-
-log = logging.getLogger("layerfs")
+from layerfs.session import Session, log, log_failure
 
 _PAUSE: Final = 1.0
 """Seconds from a commit to the writing out of its data, where that comes later."""

@@ -119,15 +119,20 @@ def test_dockers_images_come_with_their_names_and_files(docker_root: tuple[Path,
     assert len(store.images.import_(root, kind="docker", name="built:1")) == 1
 
 
+def copied(whole: Path, root: Path) -> tuple[Path, str]:
+    """A copy of a Docker's images and layers that may be changed, and the name of its driver."""
+    root.mkdir()
+    (driver,) = os.listdir(whole / "image")
+    subprocess.run(["cp", "-a", whole / "image", whole / driver, root], check=True)
+    return root, driver
+
+
 @with_docker
 def test_what_was_changed_or_lost_at_docker_is_refused(
     docker_root: tuple[Path, str], make_store: MakeStore, tmp_path: Path
 ) -> None:
     whole, _ = docker_root
-    root = tmp_path / "docker"
-    root.mkdir()
-    (driver,) = os.listdir(whole / "image")
-    subprocess.run(["cp", "-a", whole / "image", whole / driver, root], check=True)
+    root, driver = copied(whole, tmp_path / "docker")
     layers = root / "image" / driver / "layerdb/sha256"
     store = make_store("overlay2")
 
@@ -162,10 +167,7 @@ def test_what_a_killed_docker_has_left_is_passed_over(
     docker_root: tuple[Path, str], make_store: MakeStore, tmp_path: Path
 ) -> None:
     whole, identity = docker_root
-    root = tmp_path / "docker"
-    root.mkdir()
-    (driver,) = os.listdir(whole / "image")
-    subprocess.run(["cp", "-a", whole / "image", whole / driver, root], check=True)
+    root, driver = copied(whole, tmp_path / "docker")
     images = root / "image" / driver / "imagedb/content/sha256"
     store = make_store("overlay2")
     before = store.images.import_(root, kind="docker")

@@ -158,6 +158,17 @@ def test_every_target_is_compared_with_the_first_by_a_ratio_with_interval(plan: 
     assert second["against"] == {"target": "native", "times": {"low": 1.0, "median": 1.0, "high": 1.0}}
 
 
+@pytest.fixture
+def cap() -> None:
+    """Memory can be capped here."""
+    try:
+        with memory.capped(memory.SMALLEST):
+            pass
+    except EnvironmentUnfit as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("cap")
 def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
     """In a process of its own, for the cap is on the whole process."""
     place = Path("/var/tmp") / f"layerfs-test-cap-{os.getpid()}"
@@ -175,11 +186,6 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         "assert memory.limit_now() == before\n"
     )
     try:
-        with memory.capped(memory.SMALLEST):
-            pass
-    except EnvironmentUnfit as error:
-        pytest.skip(str(error))
-    try:
         done = subprocess.run([sys.executable, "-c", program, str(place)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert 0 < float(done.stdout) < 0.67
@@ -187,6 +193,7 @@ def test_the_memory_cap_holds_what_is_cached_and_is_gone_afterwards() -> None:
         place.unlink(missing_ok=True)
 
 
+@pytest.mark.usefixtures("cap")
 def test_what_was_started_below_the_memory_cap_and_stays_does_not_hold_it() -> None:
     program = (
         "import subprocess; from layerfs.bench import memory\n"
@@ -200,11 +207,6 @@ def test_what_was_started_below_the_memory_cap_and_stays_does_not_hold_it() -> N
         "finally:\n"
         "    daemon.kill()\n"
     )
-    try:
-        with memory.capped(memory.SMALLEST):
-            pass
-    except EnvironmentUnfit as error:
-        pytest.skip(str(error))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -9,34 +9,26 @@ from pathlib import Path
 from typing import ClassVar
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, even_files, even_names
+from layerfs.bench.content import Base, even_files
+from layerfs.bench.on_lower import OnSmallFiles
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing
 
 _LINE = b"one more line\n"
 
 
 @dataclass(frozen=True)
-class AppendMany(Workload):
+class AppendMany(OnSmallFiles):
     """Every append copies a file up: what is seen is the cost of a copy-up as such, with the fsync that it may have."""
 
     name = "append-many"
     summary = "append a line to each of many small files of a lower layer, by one task or several"
-    sized = False
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 10, 100)}
 
     files: int = 1000
     file_size: int = 512
     tasks: int = 1
     state: CacheState = CacheState.WARM
-
-    @property
-    def base(self) -> Base:
-        return even_files(self.files, self.file_size, self.seed)
-
-    @property
-    def reads(self) -> list[str]:
-        return even_names(self.files)
 
     @property
     def writes(self) -> int:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, even_files, even_names
+from layerfs.bench.on_lower import OnSmallFiles
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing
 
 
 @dataclass(frozen=True)
-class ChangeTree(Workload):
+class ChangeTree(OnSmallFiles):
     """Nothing but metadata, in directories of the lower layer, which a union copies up in the first step.
 
     Removing a file of the lower layer leaves a whiteout in a union; making one anew in its place takes that away.
@@ -22,18 +22,9 @@ class ChangeTree(Workload):
 
     name = "change-tree"
     summary = "make, rename and remove small files of the layer's own, then remove and replace a lower layer's"
-    sized = False
 
     files: int = 500
     state: CacheState = CacheState.WARM
-
-    @property
-    def base(self) -> Base:
-        return even_files(self.files, 512, self.seed)
-
-    @property
-    def reads(self) -> list[str]:
-        return even_names(self.files)
 
     @property
     def writes(self) -> int:

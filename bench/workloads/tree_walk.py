@@ -13,14 +13,14 @@ from typing import IO, ClassVar
 
 from layerfs.bench import walker
 from layerfs.bench.caches import CacheState
-from layerfs.bench.content import Base, even_files, even_names
+from layerfs.bench.on_lower import OnSmallFiles
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing
 from layerfs.errors import LayerfsError
 
 
 @dataclass(frozen=True)
-class TreeWalk(Workload):
+class TreeWalk(OnSmallFiles):
     """The first walk fills the kernel's cache of names and inodes, the second one finds them there.
 
     Each task is a process of its own and walks all of the tree; all are ready when the clock starts.
@@ -28,20 +28,11 @@ class TreeWalk(Workload):
 
     name = "tree-walk"
     summary = "walk a lower layer's tree of two thousand files twice and stat each, by one task or several"
-    sized = False
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 10, 100)}
 
     files: int = 2000
     tasks: int = 1
     state: CacheState = CacheState.COLD
-
-    @property
-    def base(self) -> Base:
-        return even_files(self.files, 512, self.seed)
-
-    @property
-    def reads(self) -> list[str]:
-        return even_names(self.files)
 
     @property
     def writes(self) -> int:
