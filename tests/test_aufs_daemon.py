@@ -432,22 +432,23 @@ def test_a_directory_of_100_000_entries(memory: Path) -> None:
 def test_a_large_lower_directory_is_renamed_while_others_are_answered(memory: Path) -> None:
     union = Union(memory)
     (union.lower / "many").mkdir()
-    for number in range(5_000):
+    for number in range(20_000):
         os.mknod(union.lower / "many" / f"{number}")
-    (union.lower / "small").write_bytes(b"small")
+    (union.lower / "other").mkdir()
     union.mount()
+    (union.target / "other" / "first").touch()
     command = ["python3", "-c", "import os, sys; os.rename(sys.argv[1] + '/many', sys.argv[1] + '/renamed')"]
     with subprocess.Popen([*command, str(union.target)]) as process:
         seen = 0
         while process.poll() is None:
-            (union.target / f"new{seen}").touch()
+            (union.target / "other" / f"{seen}").touch()  # the kernel holds the parent of what is being renamed
             seen += 1
     assert process.returncode == 0
     assert seen > 1
-    assert len(os.listdir(union.target / "renamed")) == 5_000
+    assert len(os.listdir(union.target / "renamed")) == 20_000
     assert not (union.target / "many").exists()
     union.unmount()
-    assert len(os.listdir(union.upper / "renamed")) == 5_000
+    assert len(os.listdir(union.upper / "renamed")) == 20_000
     assert (union.upper / ".wh.many").exists()
 
 
