@@ -24,6 +24,7 @@ from layerfs.backings import thinpool
 
 _REPORTS, _TESTS = "--guest-reports", "--guest-tests"
 _TIMEOUT = 1800  # seconds for all tests together
+_SILENCE = 660  # seconds for one: longer than pytest-timeout gives it, which cannot end what the guest's kernel holds
 _PLACE = "/var/tmp"  # noqa: S108 - a plain file system of the guest's own
 _UNFIT = 3  # the exit code of EnvironmentUnfit
 
@@ -133,6 +134,7 @@ class _Guest:
         self._kind = kind
         self._config = items[0].config
         self._found: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        self._heard = time.monotonic()
         self._place = tempfile.TemporaryDirectory(prefix="layerfs-guest-")
         place = self._place.name
         (tests := Path(place, "tests")).write_text(json.dumps([item.nodeid for item in items]))
@@ -160,6 +162,9 @@ class _Guest:
                 return found
             if ended:
                 return [*found, self._unreported(item)]
+            if time.monotonic() - self._heard > _SILENCE:
+                self._process.terminate()
+                self._process.wait()
             time.sleep(0.1)
 
     def end(self) -> None:
@@ -182,6 +187,7 @@ class _Guest:
             if isinstance(report.longrepr, list):  # where a test was skipped; JSON knows no tuples
                 report.longrepr = tuple(report.longrepr)
             self._found[report.nodeid].append(report)
+            self._heard = time.monotonic()
 
     def _unreported(self, item: pytest.Item) -> pytest.TestReport:
         self._output.seek(0)
