@@ -206,12 +206,16 @@ class DevicemapperDriver(SnapshotDriver):
             return iter([*self._check_pool(), *self._check_volume(volume, parents)])
 
     def repair(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
-        """See `Driver.repair`: what was lost when the pool was full stays lost, but the rest can be used again."""
+        """See `Driver.repair`: what was lost when the pool was full stays lost, but the rest can be used again.
+
+        Raises `OutOfSpace` while it is still full.
+        """
         device = self._existing(volume)
         with self._reported(f"repairing the volume {volume!r}"), self._session.locked():
             self._activation.on(device)
             if device.is_sealed or not self._fault(device):
                 return
+            self._session.check_room()
             self._activation.off(device)  # nobody may use it
             path = self._activation.on(device)
             with contextlib.suppress(LayerfsError), self._session.opened(device):

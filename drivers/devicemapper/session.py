@@ -19,6 +19,8 @@ from layerfs.drivers.devicemapper.volumefs import VolumeFileSystem
 from layerfs.errors import Damaged, LayerfsError, OutOfSpace
 from layerfs.kernel import dm
 from layerfs.kernel.ioctl import io
+from layerfs.kernel.libc import check as checked
+from layerfs.kernel.libc import libc
 from layerfs.sizes import format_size
 from layerfs.thinpool import Pool, Status
 
@@ -68,6 +70,7 @@ class PoolSession:
 
     def snapshot(self, volume: str, origin: Device, *, size_limit: int | None = None) -> Device:
         """Make a thin device with the contents of another one; it is in the state `State.CREATING` then, and active."""
+        self._write_out(origin)
         self.check_room()
         device = self.ledger.begin(
             volume,
@@ -132,8 +135,12 @@ class PoolSession:
             # What the file system needs for itself grows with it.
             size = (device.size + missing + missing // 16 + 4 * _MIB) // _MIB * _MIB
             self.ledger.change(device, size=size)
-            self.activation.resize(device, size)
+            self._resize(device, size)
             self.filesystem.grow(fd, size)
+
+    def _resize(self, device: Device, size: int) -> None:
+        with self.filesystem.giving_up(self._path(device)):
+            self.activation.resize(device, size)
 
     @contextmanager
     def _root_kept(self, device: Device) -> Iterator[int]:
@@ -167,9 +174,8 @@ class PoolSession:
     @contextmanager
     def opened(self, device: Device) -> Iterator[int]:
         """The root directory of an active device that is not sealed, writable."""
-        path = dm.path(self.activation.name(device))
         options = ("rw", *self.filesystem.writable)
-        with mounts.opened([Mount(self.filesystem.name, str(path), options)]) as fd:
+        with mounts.opened([Mount(self.filesystem.name, str(self._path(device)), options)]) as fd:
             yield fd
 
     def recover(self) -> None:
@@ -193,7 +199,7 @@ class PoolSession:
     def _settle(self, device: Device) -> None:
         """Finish what `limit` was doing: the limit is the old or the new one, and nothing else has changed."""
         self.activation.on(device)
-        self.activation.resize(device, device.size)
+        self._resize(device, device.size)
         with self.opened(device) as fd:
             self.filesystem.grow(fd, device.size)
             self.filesystem.settle(fd)
@@ -259,6 +265,19 @@ class PoolSession:
     def _stepped(self) -> None:
         self.pool.set_transaction(self.pool.status().transaction, self.ledger.transaction)
 
+    def _write_out(self, origin: Device) -> None:
+        """Have on its device what waits to be written to a volume that is mounted, before it is suspended.
+
+        There it may find the pool full, or fill it.
+        """
+        if not origin.is_sealed and self.activation.is_open(origin):
+            with contextlib.suppress(OSError), self.opened(origin) as fd:  # what failed is found as the volume's fault
+                checked(libc.syncfs(fd))
+
+    def _path(self, device: Device) -> Path:
+        """Where an active device is."""
+        return dm.path(self.activation.name(device))
+
     @contextmanager
     def _still(self, origin: Device) -> Iterator[None]:
         """Hold back what is written to a device that may be mounted; that of a sealed volume is read-only anyway."""
@@ -267,7 +286,8 @@ class PoolSession:
             return
         self.ledger.change(origin, state=State.SUSPENDED)
         try:
-            self.activation.suspend(origin)
+            with self.filesystem.giving_up(self._path(origin)):
+                self.activation.suspend(origin)
             yield
         finally:
             self.activation.resume(origin)

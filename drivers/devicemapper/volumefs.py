@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,6 +81,11 @@ class VolumeFileSystem(ABC):
     @abstractmethod
     def mend(self, device: Path) -> None:
         """Put the file system, which is not mounted, in order, so that there is no `fault`. Raises `LayerfsError`."""
+
+    @contextlib.contextmanager
+    def giving_up(self, device: Path) -> Iterator[None]:  # noqa: ARG002
+        """Meanwhile, fail where the device takes no writes, rather than try again for ever, as suspending it would."""
+        yield
 
     def free(self, fd: int) -> int:
         """Bytes that can be added to the tree."""
@@ -219,6 +225,25 @@ class Xfs(VolumeFileSystem):
     def settle(self, fd: int) -> None:
         if self.can_limit() and quota.project(fd) != self._PROJECT:
             quota.set_project(fd, self._PROJECT)
+
+    @contextlib.contextmanager
+    def giving_up(self, device: Path) -> Iterator[None]:
+        """See `VolumeFileSystem.giving_up`; xfs stops then, which unmounting it mends.
+
+        https://docs.kernel.org/admin-guide/xfs.html, Error handling: without this, metadata are written again without
+        end, and what suspends the device waits for them.
+        """
+        before = []
+        for path in Path(f"/sys/fs/xfs/dm-{os.minor(device.stat().st_rdev)}/error/metadata").glob("*/max_retries"):
+            with contextlib.suppress(OSError):  # where /sys is read-only
+                before.append((path, path.read_text()))
+                path.write_text("0")
+        try:
+            yield
+        finally:
+            for path, text in before:
+                with contextlib.suppress(OSError):  # unmounted meanwhile
+                    path.write_text(text)
 
     def can_limit(self) -> bool:
         return os.path.exists("/proc/fs/xfs/xqm")
