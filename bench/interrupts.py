@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from layerfs import signals
+
 
 class Interrupts:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into one KeyboardInterrupt, and only where that is `allowed`.
+    """Turns the first signal to end into one KeyboardInterrupt, and only where that is `allowed`.
 
     A store operation that is cut in its middle is undone by the next opening of the store. A benchmark's store has no
     next opening, so its operations are let finish, and so is the cleaning up, however often Ctrl-C is pressed. Threads
@@ -25,9 +27,8 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) wants it
-                self._previous[number] = signal.signal(number, self._received)
+        for number in signals.ending():
+            self._previous[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

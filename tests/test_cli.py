@@ -405,7 +405,7 @@ def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place:
     assert not [file for file in os.listdir(place) if "new.tar" in file]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: Cli, number: signal.Signals) -> None:
     cli("prepare", "work")
     cli("apply", "work", "-", feed=TOP)
@@ -421,6 +421,22 @@ def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: 
         assert process.stderr.read() == b"layerfs: interrupted\n"
     assert cli("changes", "work") == before
     cli("check")
+
+
+def test_a_hangup_that_is_ignored_stays_so(cli: Cli) -> None:
+    """As nohup(1) wants it."""
+    cli("prepare", "work")
+    command = ["env", "--ignore-signal=HUP", *cli.command("apply", "work", "-")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=cli.environment) as process:
+        assert process.stdin is not None
+        process.stdin.write(BASE[: len(BASE) // 2])
+        process.stdin.flush()
+        _wait_until_read(process.stdin)
+        process.send_signal(signal.SIGHUP)
+        process.stdin.write(BASE[len(BASE) // 2 :])
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert "etc/passwd" in cli("changes", "work")
 
 
 def _wait_until_read(pipe: IO[bytes]) -> None:
