@@ -439,6 +439,29 @@ def test_a_hangup_that_is_ignored_stays_so(cli: Cli) -> None:
     assert "etc/passwd" in cli("changes", "work")
 
 
+_CALLBACK = "reference = weakref.ref(Thing(), lambda _: signal.raise_signal(signal.SIGTERM))"
+_FINALIZER = "Thing.__del__ = lambda _: signal.raise_signal(signal.SIGINT); Thing()"
+_WRAPPED = "Thing.__set_name__ = lambda *_: signal.raise_signal(signal.SIGTERM); type('Made', (), {'thing': Thing()})"
+_BENCH = """
+from layerfs.bench.interrupts import Interrupts
+with Interrupts() as interrupts, interrupts.allowed():
+    reference = weakref.ref(Thing(), lambda _: signal.raise_signal(signal.SIGTERM))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("body", [_CALLBACK, _FINALIZER, _WRAPPED, _BENCH])
+def test_an_interruption_is_heeded_where_python_would_lose_it(body: str) -> None:
+    """As in the callbacks of weak references that every import has."""
+    lines = ["import click, signal, sys, time, weakref", "from layerfs.cli.app import main"]
+    lines += ["class Thing: pass", "@click.command()", "def command():"]
+    lines += [f"    {line}" for line in [*body.splitlines(), "time.sleep(60)"]]
+    lines += ["sys.exit(main(command))"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "layerfs: interrupted")
+
+
 def _wait_until_read(pipe: IO[bytes]) -> None:
     """Until the other side has taken all that was written to the pipe, so that it is at work on it."""
     deadline = time.monotonic() + 60

@@ -178,9 +178,11 @@ def main(command: click.Command | None = None) -> int:
             return _complain(_usage(error), error.exit_code)
         except (_Interrupted, click.Abort, KeyboardInterrupt):
             _end_interrupted()
-        except LayerfsError as error:
-            return _complain(str(error), error.exit_code)
         except Exception as error:
+            if signals.is_interruption(error):
+                _end_interrupted()
+            if isinstance(error, LayerfsError):
+                return _complain(str(error), error.exit_code)
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0
@@ -231,7 +233,8 @@ def _termination_as_interrupt() -> Iterator[None]:
     for number in signals.ending():
         signal.signal(number, interrupt)
     try:
-        yield
+        with signals.not_lost(interrupt):
+            yield
     finally:
         _deafen()
 
