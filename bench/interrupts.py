@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from layerfs import signals
+
 
 class Interrupts:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into one KeyboardInterrupt, and only where that is `allowed`.
+    """Turns the first signal to end into one KeyboardInterrupt, and only where that is `allowed`.
 
     A store operation that is cut in its middle is undone by the next opening of the store. A benchmark's store has no
     next opening, so its operations are let finish, and so is the cleaning up, however often Ctrl-C is pressed. Threads
@@ -23,14 +25,16 @@ class Interrupts:
         self._pending = False
         self._raised = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._kept = ExitStack()
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) wants it
-                self._previous[number] = signal.signal(number, self._received)
+        for number in signals.ending():
+            self._previous[number] = signal.signal(number, self._received)
+        self._kept.enter_context(signals.not_lost(self._lost))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._kept.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending and (kind is None or not issubclass(kind, KeyboardInterrupt)):
@@ -64,6 +68,10 @@ class Interrupts:
     def _received(self, _number: int, _frame: FrameType | None) -> None:
         self._pending = True
         self._check()
+
+    def _lost(self, number: int, frame: FrameType | None) -> None:
+        self._raised = False
+        self._received(number, frame)
 
     def _check(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -19,6 +19,8 @@ pytest_plugins = ["layerfs.testing.guests"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup(1) starts it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MakeStore = Callable[..., Store]
 

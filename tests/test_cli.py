@@ -405,7 +405,7 @@ def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place:
     assert not [file for file in os.listdir(place) if "new.tar" in file]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: Cli, number: signal.Signals) -> None:
     cli("prepare", "work")
     cli("apply", "work", "-", feed=TOP)
@@ -421,6 +421,45 @@ def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: 
         assert process.stderr.read() == b"layerfs: interrupted\n"
     assert cli("changes", "work") == before
     cli("check")
+
+
+def test_a_hangup_that_is_ignored_stays_so(cli: Cli) -> None:
+    """As nohup(1) wants it."""
+    cli("prepare", "work")
+    command = ["env", "--ignore-signal=HUP", *cli.command("apply", "work", "-")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=cli.environment) as process:
+        assert process.stdin is not None
+        process.stdin.write(BASE[: len(BASE) // 2])
+        process.stdin.flush()
+        _wait_until_read(process.stdin)
+        process.send_signal(signal.SIGHUP)
+        process.stdin.write(BASE[len(BASE) // 2 :])
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert "etc/passwd" in cli("changes", "work")
+
+
+_CALLBACK = "reference = weakref.ref(Thing(), lambda _: signal.raise_signal(signal.SIGTERM))"
+_FINALIZER = "Thing.__del__ = lambda _: signal.raise_signal(signal.SIGINT); Thing()"
+_WRAPPED = "Thing.__set_name__ = lambda *_: signal.raise_signal(signal.SIGTERM); type('Made', (), {'thing': Thing()})"
+_BENCH = """
+from layerfs.bench.interrupts import Interrupts
+with Interrupts() as interrupts, interrupts.allowed():
+    reference = weakref.ref(Thing(), lambda _: signal.raise_signal(signal.SIGTERM))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("body", [_CALLBACK, _FINALIZER, _WRAPPED, _BENCH])
+def test_an_interruption_is_heeded_where_python_would_lose_it(body: str) -> None:
+    """As in the callbacks of weak references that every import has."""
+    lines = ["import click, signal, sys, time, weakref", "from layerfs.cli.app import main"]
+    lines += ["class Thing: pass", "@click.command()", "def command():"]
+    lines += [f"    {line}" for line in [*body.splitlines(), "time.sleep(60)"]]
+    lines += ["sys.exit(main(command))"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "layerfs: interrupted")
 
 
 def _wait_until_read(pipe: IO[bytes]) -> None:

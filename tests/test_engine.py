@@ -198,8 +198,17 @@ def test_a_container_can_have_the_terminal(store: Store) -> None:
     assert os.waitstatus_to_exitcode(status) == 9
 
 
-@pytest.mark.parametrize("script", ["trap 'exit 0' TERM; while true; do sleep 0.1; done", "trap '' TERM; sleep 1000"])
-def test_an_interrupted_run_ends_the_container_and_leaves_nothing(store: Store, script: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "script"),
+    [
+        (signal.SIGTERM, "trap 'exit 0' TERM; while true; do sleep 0.1; done"),
+        (signal.SIGTERM, "trap '' TERM; sleep 1000"),
+        (signal.SIGHUP, "sleep 1000"),
+    ],
+)
+def test_an_interrupted_run_ends_the_container_and_leaves_nothing(
+    store: Store, number: signal.Signals, script: str
+) -> None:
     mark = f"/data/{time.monotonic_ns()}"
     process = subprocess.Popen(
         command(store, "--rm", "--name", "c", "busybox", "sh", "-c", f"touch {mark}; {script}"),
@@ -212,7 +221,7 @@ def test_an_interrupted_run_ends_the_container_and_leaves_nothing(store: Store, 
         return any((place / mark[1:]).exists() for place in places)
 
     wait_until(has_begun, "the container runs")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 130
     assert list(store.list("kind==active")) == []
     assert not [point for point in mount_table.read() if point.target.is_relative_to(store.root / "mnt")]

@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 
 import click
 
+from layerfs import signals
 from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
 from layerfs.errors import LayerfsError
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
-_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _TOPICS: dict[str, tuple[click.Command, ...]] = {
     "Store": (store.drivers, store.init, store.check, store.gc, store.grow, store.migrate),
@@ -66,12 +66,12 @@ Exit codes:
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
   124  the time given to a guest was over; else "layerfs guest" ends as its command did
-  130  interrupted (Ctrl-C or SIGTERM), and cleaned up
+  130  interrupted (Ctrl-C, SIGTERM, SIGHUP), and cleaned up
 """
 
 
 class _Interrupted(Exception):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C, or another signal to end."""
 
 
 class Program(click.Group):
@@ -167,7 +167,7 @@ def main(command: click.Command | None = None) -> int:
     Args:
         command: instead of the program's own (a module that is run with ``python -m``).
 
-    The process is to end then: it ignores SIGINT and SIGTERM from there on.
+    The process is to end then: it ignores signals to end from there on.
     """
     with _termination_as_interrupt():
         try:
@@ -178,9 +178,11 @@ def main(command: click.Command | None = None) -> int:
             return _complain(_usage(error), error.exit_code)
         except (_Interrupted, click.Abort, KeyboardInterrupt):
             _end_interrupted()
-        except LayerfsError as error:
-            return _complain(str(error), error.exit_code)
         except Exception as error:
+            if signals.is_interruption(error):
+                _end_interrupted()
+            if isinstance(error, LayerfsError):
+                return _complain(str(error), error.exit_code)
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0
@@ -192,8 +194,8 @@ def _end_interrupted() -> NoReturn:
     Dataclasses are made by one, so it takes no more than Ctrl-C while a module is imported (run_eval_code_obj in
     Python/pythonrun.c notes such an exception as unhandled, whoever catches it later).
     """
-    _complain("interrupted", EXIT_INTERRUPTED)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a terminal that has gone
+        _complain("interrupted", EXIT_INTERRUPTED)
         sys.stdout.flush()
     os._exit(EXIT_INTERRUPTED)
 
@@ -222,20 +224,21 @@ def _end_quietly() -> int:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C, once: then cleaning up is not cut short, nor the end of the process its exit code."""
+    """Signals to end act like Ctrl-C, once: then cleaning up is not cut short, nor the exit code of the process."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         _deafen()
         raise KeyboardInterrupt
 
-    for number in _ENDING:
+    for number in signals.ending():
         signal.signal(number, interrupt)
     try:
-        yield
+        with signals.not_lost(interrupt):
+            yield
     finally:
         _deafen()
 
 
 def _deafen() -> None:
-    for number in _ENDING:
+    for number in signals.ending():
         signal.signal(number, signal.SIG_IGN)

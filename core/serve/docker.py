@@ -41,7 +41,7 @@ _GRACE: Final = 30.0
 
 
 def serve(store: Store, socket: Path, requests: Requests) -> None:
-    """Serve until SIGTERM or SIGINT, then finish the requests under way. Called in the main thread.
+    """Serve until a signal to end, then finish the requests under way. Called in the main thread.
 
     Where systemd hands a socket over, that one is served and ``socket`` is left alone.
     Raises `AlreadyExists` (another server is there), `InvalidArgument` (no place for a socket).

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
+from layerfs import signals
 from layerfs.errors import AlreadyExists, InvalidArgument, refused
 
 _FIRST_HANDED_OVER: Final = 3  # sd_listen_fds(3)
@@ -102,12 +103,12 @@ def notify(text: str) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
-    """A function that waits for SIGTERM or SIGINT. In the main thread.
+    """A function that waits for a signal to end. In the main thread.
 
     It waits for what the interpreter's own handler writes: a lock would go on to sleep where the system has given the
     signal to another thread.
     """
-    wanted = (signal.SIGTERM, signal.SIGINT)
+    wanted = signals.ending()
     here, there = socket.socketpair()
     with here, there:
         there.setblocking(False)
