@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -413,6 +414,29 @@ def test_the_log_names_what_a_request_was_about(plain: Served) -> None:
     lines = plain.log.read_text().splitlines()
     assert any("Prepare 'k\\n1'" in line and line.endswith(" ms") for line in lines)
     assert any("Stat 'none'" in line and "NotFound: there is no layer 'none'" in line for line in lines)
+
+
+def test_printed_units_and_configuration_hold_every_option_and_any_path(tmp_path: Path) -> None:
+    place = tmp_path / 'a "b" \\n $c %d é'
+    where = ("--root", place / "store", "--socket", place / "s.sock")
+    config = tomllib.loads(layerfs("serve", "containerd", "--print-config", *where))["proxy_plugins"]["layerfs"]
+    assert (config["address"], config["exports"]["root"]) == (str(place / "s.sock"), str(place / "store"))
+    printed = json.loads(layerfs("serve", "docker", "--print-config", "--socket", place / 'x"y.sock'))
+    assert printed["storage-driver"] == 'x"y'
+    options = ("--driver", "btrfs", "--sync", "commit", "--metrics", "localhost:9000")
+    for engine in ("containerd", "docker"):
+        text = layerfs("serve", engine, "--print-unit", *where, *options)
+        (start,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
+        words = shlex.split(start.partition("=")[2].replace("$$", "$").replace("%%", "%"))
+        assert words[1:3] == ["serve", engine]
+        given = dict(zip(words[3::2], words[4::2], strict=True))
+        assert given == dict(zip([*where[::2], *options[::2]], map(str, [*where[1::2], *options[1::2]]), strict=True))
+        assert f"ListenStream={str(place / 's.sock').replace('%', '%%')}" in text.splitlines()
+    for name in ("a\nb", "a\udcffb"):
+        for wanted in ("--print-unit", "--print-config"):
+            command = [*program(), "serve", "containerd", wanted, "--socket", f"/{name}/s.sock"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 def test_printed_configuration_is_what_engines_read(tmp_path: Path) -> None:

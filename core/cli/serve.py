@@ -80,7 +80,7 @@ def containerd(socket: Path, sync: str, metrics: str | None, print_config: bool,
 
         click.echo(setup.engine_config(socket, settings().place()), nl=False)
     if print_unit:
-        _print_unit("containerd", socket)
+        _print_unit("containerd", socket, sync, metrics)
     if not print_config and not print_unit:
         _serve("containerd", socket, sync, metrics)
 
@@ -105,15 +105,26 @@ def docker(socket: Path, sync: str, metrics: str | None, print_config: bool, pri
 
         click.echo(setup.docker_config(socket), nl=False)
     if print_unit:
-        _print_unit("docker", socket)
+        _print_unit("docker", socket, sync, metrics)
     if not print_config and not print_unit:
         _serve("docker", socket, sync, metrics)
 
 
-def _print_unit(engine: str, socket: Path) -> None:
+def _print_unit(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     from layerfs.serve import setup
 
-    click.echo(setup.units(engine, os.path.abspath(sys.argv[0]), socket, settings().place()), nl=False)
+    chosen = settings()
+    options = {
+        "--root": str(chosen.place()),
+        "--driver": chosen.driver,
+        "--socket": str(socket),
+        "--sync": sync,
+        "--metrics": metrics,
+    }
+    command = [os.path.abspath(sys.argv[0]), "serve", engine]
+    for name, value in options.items():
+        command += [] if value is None else [name, value]
+    click.echo(setup.units(engine, command, socket), nl=False)
 
 
 def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
