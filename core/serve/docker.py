@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answered = False
-        body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
+        body = _Body(cast("BinaryIO", self.rfile), self.headers)
         with self.server.working(self.connection) as taken:
             if taken:
                 self._work(body)
@@ -225,7 +226,7 @@ def _json(body: _Body) -> dict[str, Any]:
 class _Body(io.RawIOBase):
     """The body of a request: of a length that was told, or in chunks (RFC 9112)."""
 
-    def __init__(self, stream: BinaryIO, headers: Mapping[str, str]) -> None:
+    def __init__(self, stream: BinaryIO, headers: Message) -> None:
         self._stream = stream
         self._chunked = headers.get("Transfer-Encoding", "").lower() == "chunked"
         length = headers.get("Content-Length", "0")
