@@ -282,6 +282,23 @@ def test_a_changed_blob_is_refused_wherever_it_was_changed(store: Store, made: M
     assert store.images.import_(made.path)
 
 
+def test_a_layer_that_cannot_be_recorded_leaves_no_volume(store: Store, made: MadeLayout) -> None:
+    """Somebody takes its key while it is unpacked."""
+    made.add(MadeImage(DIFFS), "v1")
+
+    def take(_done: int, _total: int, _what: str) -> None:
+        with contextlib.suppress(AlreadyExists):
+            store.prepare(CHAIN[1])
+
+    with pytest.raises(AlreadyExists, match="taken"):
+        store.images.import_(made.path, progress=take)
+    assert keys(store) == [CHAIN[1]]
+    store.remove(CHAIN[1])
+    assert not store._database.volumes()
+    assert not os.listdir(store.root / "records")
+    store.images.import_(made.path)
+
+
 @pytest.mark.parametrize("kind", ["gzip", "none"])
 def test_a_layer_whose_diff_id_is_another_is_refused(store: Store, made: MadeLayout, tmp_path: Path, kind: str) -> None:
     image = MadeImage([BASE, MIDDLE], [kind, kind])
