@@ -18,7 +18,7 @@ from layerfs import signals
 from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
-from layerfs.errors import LayerfsError
+from layerfs.errors import told
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
 
@@ -178,9 +178,9 @@ def main(command: click.Command | None = None) -> int:
             return _complain(_usage(error), error.exit_code)
         except (_Interrupted, click.Abort, KeyboardInterrupt):
             _end_interrupted()
-        except LayerfsError as error:
-            return _complain(str(error), error.exit_code)
         except Exception as error:
+            if (known := told(error)) is not None:
+                return _complain(str(known), known.exit_code)
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0

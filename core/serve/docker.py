@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 from urllib.parse import parse_qs, urlsplit
 
-from layerfs.errors import InvalidArgument, LayerfsError
+from layerfs.errors import InvalidArgument, LayerfsError, told
 from layerfs.serve import listening
 from layerfs.serve.graphdriver import GraphDriver
 from layerfs.serve.requests import Requests
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             body.drain()  # who is still sending does not listen yet
-            text = str(error) if isinstance(error, LayerfsError) else f"a fault in layerfs: {error!r}"
+            text = str(told(error) or f"a fault in layerfs: {error!r}")
             self._answer({"Err": text}, 500 if name == "Diff" else 200)
         else:
             self.server.requests.done(name, subject, time.perf_counter() - start)
