@@ -211,6 +211,12 @@ class Database:
         with self._lock:
             self._connection.close()
 
+    def discard(self) -> None:
+        """Close it, and take its files away. Nobody else may have it open."""
+        self.close()
+        for ending in ("-wal", "-shm", ""):
+            Path(f"{self._path}{ending}").unlink(missing_ok=True)
+
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[None]:
         """All statements of the body, or none. Not to be nested.
