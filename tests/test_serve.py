@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from layerfs.testing.guests import every_driver
 
 grpc = pytest.importorskip("grpc", reason="layerfs[serve] is not installed")
 
-from layerfs.serve import api  # noqa: E402 - needs grpc's companion protobuf
+from layerfs.serve import api, listening  # noqa: E402 - needs grpc's companion protobuf
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="serving containerd needs root")
 
@@ -414,6 +415,39 @@ def test_the_log_names_what_a_request_was_about(plain: Served) -> None:
     lines = plain.log.read_text().splitlines()
     assert any("Prepare 'k\\n1'" in line and line.endswith(" ms") for line in lines)
     assert any("Stat 'none'" in line and "NotFound: there is no layer 'none'" in line for line in lines)
+
+
+def test_the_relay_outlasts_a_shortage_of_descriptors(tmp_path: Path) -> None:
+    class Short(socket.socket):
+        """Begins as where the process, and then the system, has too many files open."""
+
+        errors = (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED)
+        met = 0
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.met < len(self.errors):
+                self.met += 1
+                raise OSError(self.errors[self.met - 1], "short")
+            return super().accept()
+
+    kind = socket.AF_UNIX
+    with socket.socket(kind) as behind, Short(kind) as front, socket.socket(kind) as client:
+        behind.bind(str(tmp_path / "behind"))
+        behind.listen()
+        front.bind(str(tmp_path / "front"))
+        front.listen()
+        listening.Relay(front, tmp_path / "behind").start()
+        client.connect(str(tmp_path / "front"))
+        client.sendall(b"question")
+        behind.settimeout(60)
+        client.settimeout(60)
+        server, _ = behind.accept()
+        with server:
+            assert server.recv(100) == b"question"
+            server.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+        assert front.met == len(front.errors)
+        front.shutdown(socket.SHUT_RDWR)
 
 
 def test_printed_units_and_configuration_hold_every_option_and_any_path(tmp_path: Path) -> None:

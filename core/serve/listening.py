@@ -11,6 +11,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ _FIRST_HANDED_OVER: Final = 3  # sd_listen_fds(3)
 _LONGEST: Final = 107  # bytes of a path in struct sockaddr_un
 _APART: Final = len("/.12345678/s")
 _CHUNK: Final = 1 << 16
+_CLOSED: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
+_PAUSE: Final = 0.1
+"""Seconds after which a connection is accepted that could not be."""
 
 _Made = TypeVar("_Made")
 
@@ -140,8 +144,13 @@ class Relay:
 
     def _accept(self) -> None:
         while True:
-            client, _ = self._listening.accept()
-            threading.Thread(target=self._pass_on, args=(client,), daemon=True, name="relay").start()
+            try:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._pass_on, args=(client,), daemon=True, name="relay").start()
+            except (OSError, RuntimeError) as error:  # the latter where no thread can be started
+                if isinstance(error, OSError) and error.errno in _CLOSED:
+                    return
+                time.sleep(_PAUSE)  # too many files are open, or memory is short, for now; or the client has gone
 
     def _pass_on(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as server:
