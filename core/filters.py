@@ -140,7 +140,7 @@ class _Parser:
             return _unquoted(quoted)
         value = self._take(_VALUE)
         if value is None:
-            raise self._wrong("a value is missing; quote one that is empty, has spaces or commas, or begins with / or |")
+            raise self._wrong("a value is missing; quote one that is empty, has spaces or commas, or starts with / |")
         return value
 
     def _pass_space(self) -> None:

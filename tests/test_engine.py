@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import engine, mount_table, registry
+from layerfs import engine, mount_table, programs, registry
 from layerfs.errors import AlreadyExists, BadLayer, InvalidArgument, LayerfsError, NotFound
 from layerfs.layer import Kind
 from layerfs.store import Store
@@ -83,9 +83,24 @@ def test_exit_codes_are_passed_on_and_layers_go_where_wanted(store: Store) -> No
     assert engine.run(store, "busybox", ["sh", "-c", "exit 42"], remove=True) == 42
     assert engine.run(store, "busybox", ["sh", "-c", "sleep 60 & kill -9 $!; wait $!"], remove=True) == 137
     assert list(store.list("kind==active")) == []
+    assert [programs.shell_code(code) for code in (0, 3, -9)] == [0, 3, 137]
     assert engine.run(store, "busybox", ["false"]) == 1
     (left,) = store.list("kind==active")
     assert left.key.startswith("run-")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["nothing-there"], 127),
+        (["/bin/nothing-there"], 127),
+        (["/etc/greeting"], 126),
+        (["/etc"], 126),
+        (["sh", "-c", "echo 'exec: no such file or directory' >&2; exit 1"], 1),
+    ],
+)
+def test_a_command_that_cannot_be_run_ends_as_in_a_shell(store: Store, words: list[str], code: int) -> None:
+    assert engine.run(store, "busybox", words, remove=True) == code
 
 
 def test_what_is_refused_leaves_no_layer(store: Store, make_store: MakeStore, tmp_path: Path) -> None:
