@@ -463,6 +463,29 @@ def test_a_reader_that_goes_away_ends_it_quietly(cli: Cli) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault_and_what_cannot_be_said_is_no_success(cli: Cli, closed: str) -> None:
+    cli("prepare", "work")
+    cli("apply", "work", "-", feed=TOP)
+    gone = 141 if ">&-" in closed.split() else 0
+    for arguments, code in (
+        (("diff", "work"), gone),
+        (("layers",), gone),
+        (("changes", "work", "--json"), gone),
+        (("--version",), 1 if gone else 0),
+        (("prepare", f"other {closed}"), 0),
+        (("apply", "work", "-"), 7 if "<&-" in closed.split() else None),
+        (("rm", "none"), 4),
+    ):
+        if code is not None:
+            command = ["sh", "-c", f'exec "$@" {closed}', "sh", *cli.command(*arguments)]
+            done = subprocess.run(command, capture_output=True, env=cli.environment, check=False)
+            assert done.returncode == code, (arguments, done.stderr)
+            assert b"fault" not in done.stderr
+    assert cli("changes", "work")
+    cli("check")
+
+
 # -- check and gc ------------------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,7 @@ def main(command: click.Command | None = None) -> int:
 
     The process is to end then: it ignores signals to end from there on.
     """
+    _replace_closed_streams()
     with _termination_as_interrupt():
         try:
             code = (command or cli).main(prog_name=None if command else "layerfs", standalone_mode=False)
@@ -184,6 +185,26 @@ def main(command: click.Command | None = None) -> int:
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0
+
+
+def _replace_closed_streams() -> None:
+    """Let no file that is opened later take the number of a standard stream that is closed (``>&-``).
+
+    A closed output acts like a pipe whose reader has gone, so that what cannot be said is no success.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    if sys.stdout is None:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _end_interrupted() -> NoReturn:
