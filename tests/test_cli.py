@@ -405,6 +405,16 @@ def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place:
     assert not [file for file in os.listdir(place) if "new.tar" in file]
 
 
+def test_a_diff_through_a_link_leaves_the_link(cli: Cli, place: Path) -> None:
+    """As /dev/stdout is one."""
+    cli("prepare", "work")
+    (place / "link.tar").symlink_to("out.tar")
+    for _ in range(2):
+        cli("diff", "work", "-o", place / "link.tar")
+        assert (place / "link.tar").is_symlink()
+        assert tarfile.is_tarfile(place / "out.tar")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: Cli, number: signal.Signals) -> None:
     cli("prepare", "work")
