@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
@@ -159,7 +160,8 @@ def _write_spec(
     if not arguments:
         raise InvalidArgument("the image names no command to run; give one")
     user = find_user(rootfs, config.get("User") or "")
-    environment = list(config.get("Env") or ())
+    # runc takes no variable without a name or a value, and no relative directory; Docker makes do with both.
+    environment = [variable for variable in config.get("Env") or () if variable.find("=") > 0]
     names = {variable.split("=", 1)[0] for variable in environment}
     defaults = [_PATH, f"HOME={user.home}", *([f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else ())]
     environment += [default for default in defaults if default.split("=", 1)[0] not in names]
@@ -170,7 +172,7 @@ def _write_spec(
         user={"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
         args=arguments,
         env=environment,
-        cwd=config.get("WorkingDir") or "/",
+        cwd=posixpath.join("/", config.get("WorkingDir") or ""),
         capabilities={"bounding": _CAPABILITIES, "effective": held, "permitted": held},
         noNewPrivileges=False,
     )

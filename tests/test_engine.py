@@ -135,6 +135,15 @@ def test_the_entry_point_directory_and_environment_of_the_image(make_store: Make
     assert read(store, "c", "work/here/out") == "/work/here\none two /\n"
 
 
+def test_a_relative_directory_begins_at_the_root_and_variables_without_a_value_are_dropped(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
+    config = {"Cmd": ["sh", "-c", "pwd > /out; echo $A >> /out"], "WorkingDir": "work/here"}
+    store = filled(make_store("overlay2"), tmp_path, **config, Env=["PATH", "A=b=c", "", "=d"])
+    assert engine.run(store, "busybox", name="c") == 0
+    assert read(store, "c", "out") == "/work/here\nb=c\n"
+
+
 def test_users_are_looked_up_in_the_containers_own_files(tmp_path: Path) -> None:
     etc = tmp_path / "etc"
     etc.mkdir()
