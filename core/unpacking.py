@@ -19,7 +19,7 @@ from layerfs.apply import Applied
 from layerfs.database import RecordKind, Row, State
 from layerfs.diff import Written
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, BadLayer
+from layerfs.errors import AlreadyExists, BadLayer, FailedPrecondition
 from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
@@ -76,8 +76,12 @@ class Unpacking:
                         shapes.append(filling.shape())
                 self._settling.sync()
                 self._insert(missing, volumes, applied, shapes, base)
-            except BaseException:
+            except BaseException as error:
                 self._discard(volumes)
+                if isinstance(error, Exception) and base is not None and self._is_gone(base):
+                    raise FailedPrecondition(
+                        f"the layer {base.key!r}, which the image stands on, was removed meanwhile; try again"
+                    ) from error
                 raise
 
     def _present(self, layer: BlobLayer) -> Row | None:
@@ -87,6 +91,10 @@ class Unpacking:
         if row.kind is not Kind.COMMITTED or row.layer.chain_id != layer.chain_id or row.state is not State.READY:
             raise _taken(layer)
         return row
+
+    def _is_gone(self, base: Row) -> bool:
+        row = self._database.numbered(base.number)
+        return row is None or row.state is State.REMOVING
 
     def _discard(self, volumes: Sequence[int]) -> None:
         """Take away those of the volumes that are no layer's: an interruption may come when all has been recorded."""
