@@ -338,6 +338,34 @@ def test_requests_under_way_are_finished_before_the_end(plain: Served) -> None:
     assert "stopped" in plain.log.read_text()
 
 
+ENDLESS = """
+import threading
+from layerfs.cli import main
+from layerfs.serve import containerd, listening
+from layerfs.store import Store
+containerd._GRACE = listening.LAST = 0
+Store.cleanup = lambda self: print("endless", flush=True) or threading.Event().wait()
+main()
+"""
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_server(plain: Served) -> None:
+    plain.command[: plain.command.index("serve")] = [sys.executable, "-c", ENDLESS]
+    plain.start()
+    client = Client(plain.socket)
+    client.prepare(key="work")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.cleanup)
+        wait_until(lambda: "endless" in plain.log.read_text(), "the request is at work")
+        assert plain.stop() == 1
+        assert isinstance(asked.exception(), grpc.RpcError)
+    assert "broken off" in plain.log.read_text()
+    assert not plain.socket.exists()
+    with Store(plain.root) as store:
+        assert [layer.key for layer in store.list()] == ["work"]
+        assert store.check() == []
+
+
 def test_slow_and_broken_clients_harm_nobody(plain: Served) -> None:
     plain.start()
     idle = []

@@ -44,6 +44,8 @@ _GRACE: Final = 30.0
 def serve(store: Store, socket: Path, requests: Requests) -> None:
     """Serve until a signal to end, then finish the requests under way. Called in the main thread.
 
+    Where one of them does not end, the process does, see `listening.break_off`.
+
     Where systemd hands a socket over, that one is served and ``socket`` is left alone.
     Raises `AlreadyExists` (another server is there), `InvalidArgument` (no place for a socket).
     """
@@ -65,7 +67,8 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             listening.notify("STOPPING=1")
             log.info("stopping; requests under way are finished")
             server.shutdown()
-        server.finish(_GRACE)
+        if not server.finish(_GRACE):
+            listening.break_off()
     log.info("stopped")
 
 
@@ -103,15 +106,18 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             self._stopping = True
         super().shutdown()
 
-    def finish(self, seconds: float) -> None:
-        """Wait until no request is at work; those whose clients keep them waiting for longer are broken off."""
+    def finish(self, seconds: float) -> bool:
+        """Wait until no request is at work, which is returned.
+
+        Those whose clients keep them waiting for longer are broken off.
+        """
         with self._changed:
             if self._changed.wait_for(lambda: not self._working, seconds):
-                return
+                return True
             for connection in self._working:
                 with contextlib.suppress(OSError):
                     connection.shutdown(sockets.SHUT_RDWR)
-            self._changed.wait_for(lambda: not self._working)
+            return self._changed.wait_for(lambda: not self._working, listening.LAST)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone away is no matter; a fault of ours has been logged."""
