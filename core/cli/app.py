@@ -65,7 +65,7 @@ Exit codes:
     9  no space left
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
-  124  the time given to a guest was over; else "layerfs guest" ends as its command did
+  124  the time given to a guest was over; else "layerfs guest" and "layerfs run" end as their command did
   130  interrupted (Ctrl-C, SIGTERM, SIGHUP), and cleaned up
 """
 

@@ -71,8 +71,8 @@ def _options(socket: str, engines: str) -> Callable[[Callable[..., None]], Calla
 def containerd(socket: Path, sync: str, metrics: str | None, print_config: bool, print_unit: bool) -> None:
     """Serve a store to containerd as a snapshotter.
 
-    Runs until SIGTERM or Ctrl-C, then finishes the requests under way; containers go on without it. The store belongs
-    to containerd: what it does not know, its garbage collection removes.
+    Runs until SIGTERM or Ctrl-C, then finishes the requests under way, for 40 s at most; containers go on without it.
+    The store belongs to containerd: what it does not know, its garbage collection removes.
     """
     socket = Path(os.path.abspath(socket))
     if print_config:
@@ -97,7 +97,7 @@ def docker(socket: Path, sync: str, metrics: str | None, print_config: bool, pri
     """Serve a store to Docker 20.10 to 26 as a graph driver.
 
     Docker finds the driver by the name of its socket. Runs until SIGTERM or Ctrl-C, then finishes the requests under
-    way. The store belongs to Docker.
+    way, for 40 s at most. The store belongs to Docker.
     """
     socket = Path(os.path.abspath(socket))
     if print_config:
