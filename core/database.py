@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,7 +25,7 @@ from typing import Any
 from layerfs import digest
 from layerfs.diff import Written
 from layerfs.driver import Usage
-from layerfs.errors import Damaged, InvalidArgument, LayerfsError, OutOfSpace
+from layerfs.errors import Damaged, InvalidArgument, LayerfsError, OutOfSpace, told
 from layerfs.layer import Kind, Layer
 
 VERSION = 2
@@ -98,6 +100,8 @@ CREATE TABLE unsettled (
 """
 
 _PAGE = 500
+_ROOM = 1 << 16
+"""Bytes that SQLite takes at least, for the file beside the database that its processes share."""
 _SELECT = (
     "SELECT layer.*, above.key AS parent_key FROM layers layer LEFT JOIN layers above ON above.number = layer.parent"
 )
@@ -206,6 +210,12 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+
+    def discard(self) -> None:
+        """Close it, and take its files away. Nobody else may have it open."""
+        self.close()
+        for ending in ("-wal", "-shm", ""):
+            Path(f"{self._path}{ending}").unlink(missing_ok=True)
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[None]:
@@ -555,11 +565,21 @@ def checked_text(what: str, texts: Iterable[str]) -> None:
 def _refusal(path: Path, error: sqlite3.Error) -> LayerfsError:
     step = f"using the database {str(path)!r}: {error}"
     code = getattr(error, "sqlite_errorname", "")
-    if code == "SQLITE_FULL":
-        return OutOfSpace(f"{step}; free some space")
+    if code == "SQLITE_FULL" or (code.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) and _is_full(path.parent)):
+        return OutOfSpace(f"{step}; free some space or raise the limit")
     if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         return Damaged(f"{step}; restore it from a copy")
     return LayerfsError(step)
+
+
+def _is_full(directory: Path) -> bool:
+    """Whether nothing can be written there for lack of space, or of quota, which SQLite does not always tell."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, _ROOM)
+    except OSError as error:
+        return isinstance(told(error), OutOfSpace)
+    return False
 
 
 def _row(row: sqlite3.Row) -> Row:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import posixpath
+import re
 import secrets
 import shutil
 import stat
@@ -33,6 +35,7 @@ from typing import Any, Final
 
 from layerfs.errors import BadLayer, EnvironmentUnfit, InvalidArgument
 from layerfs.kernel.openat2 import RESOLVE_IN_ROOT, openat2
+from layerfs.programs import CANNOT_RUN, NO_SUCH, shell_code
 from layerfs.store import Store
 
 IMAGE_LABEL: Final = "layerfs.image"
@@ -43,6 +46,10 @@ _PATIENCE: Final = 10.0
 """Seconds that a container has to end after SIGTERM."""
 _LONGEST: Final = 1 << 20
 """Bytes of a container's /etc/passwd or /etc/group that are looked at."""
+_NOT_RUN: Final = re.compile(
+    r"\bexec\b.*(?:(?P<missing>executable file not found|no such file or directory)|permission denied|is a directory)"
+)
+"""What runc says of a command that cannot be run: ``exec: "name": executable file not found in $PATH``."""
 
 # What installing packages and changing users takes, and nothing that reaches the host: the set that engines agree on.
 _CAPABILITIES: Final = [
@@ -75,6 +82,9 @@ def run(
     terminal: bool = False,
 ) -> int:
     """Run a command in a new container of ``image``, and return its exit code when it has ended.
+
+    As with a shell: 128 and the signal's number where one ended it, 127 where there is no such command in the
+    container, 126 where it cannot be run. runc says why on the standard error.
 
     The container has a network of its own, without a way out. Its layer is an active one called ``name``.
 
@@ -150,7 +160,8 @@ def _write_spec(
     if not arguments:
         raise InvalidArgument("the image names no command to run; give one")
     user = find_user(rootfs, config.get("User") or "")
-    environment = list(config.get("Env") or ())
+    # runc takes no variable without a name or a value, and no relative directory; Docker makes do with both.
+    environment = [variable for variable in config.get("Env") or () if variable.find("=") > 0]
     names = {variable.split("=", 1)[0] for variable in environment}
     defaults = [_PATH, f"HOME={user.home}", *([f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else ())]
     environment += [default for default in defaults if default.split("=", 1)[0] not in names]
@@ -161,7 +172,7 @@ def _write_spec(
         user={"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
         args=arguments,
         env=environment,
-        cwd=config.get("WorkingDir") or "/",
+        cwd=posixpath.join("/", config.get("WorkingDir") or ""),
         capabilities={"bounding": _CAPABILITIES, "effective": held, "permitted": held},
         noNewPrivileges=False,
     )
@@ -172,13 +183,23 @@ def _write_spec(
 
 def _run(runc: str, bundle: Path, *, stdin: bool) -> int:
     """Run the container of a bundle to its end; when interrupted, end it."""
-    command = [runc, "--root", str(bundle / "state")]
+    command = [runc, "--root", str(bundle / "state"), "--log", str(bundle / "log"), "--log-format", "json"]
     with ExitStack() as stack:
         process = subprocess.Popen(
             [*command, "run", "--bundle", str(bundle), bundle.name], stdin=None if stdin else subprocess.DEVNULL
         )
         stack.callback(_end, process, [*command, "delete", "--force", bundle.name])
-        return process.wait()
+        code = process.wait()
+        return _not_run(bundle / "log") or shell_code(code)
+
+
+def _not_run(log: Path) -> int:
+    """The exit code where runc's log says that the command could not be run, 0 where it does not."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in log.read_text(errors="replace").splitlines():
+            if found := _NOT_RUN.search(str(json.loads(line).get("msg"))):
+                return NO_SUCH if found["missing"] else CANNOT_RUN
+    return 0
 
 
 def _end(process: subprocess.Popen[bytes], kill: Sequence[str]) -> None:

@@ -8,7 +8,10 @@ meanings of the four state errors are those of containerd's ``errdefs``, so that
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+import os
+from typing import ClassVar, Final
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LayerfsError(Exception):
@@ -86,8 +89,18 @@ def refused(step: str, error: OSError, remedy: str = "") -> LayerfsError:
     A full disk or quota is `OutOfSpace`, lacking privilege is `EnvironmentUnfit`, all else is `KernelRefused`.
     """
     reason = f"{step}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return OutOfSpace(f"{reason}; {remedy or 'free some space or raise the limit'}")
     if error.errno in (errno.EPERM, errno.EACCES):
         return EnvironmentUnfit(f"{reason}; {remedy or 'run it as root or in a user namespace'}")
     return KernelRefused(step, error, remedy)
+
+
+def told(error: Exception) -> LayerfsError | None:
+    """The member of the family by which an error is told, None for a fault in layerfs.
+
+    A full disk may be met wherever something is written, by other packages too, and is `OutOfSpace` all the same.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return refused(f"writing {os.fsdecode(error.filename)!r}" if error.filename else "writing", error)
+    return error if isinstance(error, LayerfsError) else None

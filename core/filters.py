@@ -4,19 +4,20 @@
 
     filter    := selector ("," selector)*          all of them have to match
     selector  := field ("." field)* [operator value]    without an operator: the field is present
-    field     := quoted | [A-Za-z] [A-Za-z0-9_]*
+    field     := quoted | [A-Za-z0-9_-]+
     operator  := "==" | "!=" | "~="                ~= is a search with a regular expression
-    value     := quoted | [^\\s,]+
-    quoted    := a Go string in double quotes; after ~= also /…/ and |…|
+    value     := quoted | [^\\s,"/|] [^\\s,]*
+    quoted    := a Go string in double quotes; after ~= also in /…/ and |…|
+
+There may be white space before a field, an operator and a value.
 
 Fields of a layer are ``name``, ``parent``, ``kind`` (``active``, ``view``, ``committed``) and ``labels.KEY``, where a
-key with other characters is quoted: ``labels."a-b/c"``. The parts of a label's path are joined with dots. A label that
-is not there is equal to nothing and different from everything.
+key with other characters is quoted: ``labels."a.b/c"``. The parts of a label's path are joined with dots. A label that
+is not there is equal to nothing, and different from everything but the empty text.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,12 +25,24 @@ from dataclasses import dataclass
 from layerfs.errors import InvalidArgument
 from layerfs.layer import Layer
 
-_FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_FIELD = re.compile(r"[A-Za-z0-9_-]+")
 _OPERATOR = re.compile(r"==|!=|~=")
-_VALUE = re.compile(r'[^\s,"][^\s,]*')
-_ESCAPE = r"\\(?:[abfnrtv\\\"]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3})"
-_QUOTED = re.compile(rf'"(?:{_ESCAPE}|[^"\\\n])*"')
-_PATTERN = re.compile(_QUOTED.pattern + r"|/(?:\\.|[^/\\\n])*/|\|(?:\\.|[^|\\\n])*\|")
+_VALUE = re.compile(r'[^\s,"/|][^\s,]*')
+_SPACE = re.compile(r"\s*")
+_CODE = (  # of a byte or of a character, but for the surrogates
+    r"x[0-9a-fA-F]{2}|[0-3][0-7]{2}"
+    r"|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|U(?!0000[dD][89a-fA-F])(?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4}"
+)
+_ESCAPE = re.compile(rf"\\({_CODE}|.)")
+_CONTROLS = dict(zip("abfnrtv", "\a\b\f\n\r\t\v", strict=True))
+
+
+def _quotes(mark: str) -> str:
+    return rf"{mark}(?:\\(?:[abfnrtv\\]|{mark}|{_CODE})|(?!{mark})[^\\\n])*{mark}"
+
+
+_QUOTED = re.compile(_quotes('"'))
+_PATTERN = re.compile("|".join(map(_quotes, ('"', "/", r"\|"))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +103,20 @@ class _Parser:
             path.append(self._name())
         if self._at == len(self._text) or self._text[self._at] == ",":
             return _Selector(tuple(path), lambda value: value is not None)
+        self._pass_space()
         operator = self._take(_OPERATOR)
         if operator is None:
             raise self._wrong("an operator (==, != or ~=) or a comma is missing")
         return _Selector(tuple(path), self._test(operator))
 
     def _test(self, operator: str) -> Callable[[str | None], bool]:
+        self._pass_space()
         start = self._at
         wanted = self._value(_PATTERN if operator == "~=" else _QUOTED)
         if operator == "==":
             return lambda value: value == wanted
         if operator == "!=":
-            return lambda value: value != wanted
+            return lambda value: (value or "") != wanted
         try:
             pattern = re.compile(wanted)
         except re.error as error:
@@ -110,9 +125,10 @@ class _Parser:
         return lambda value: pattern.search(value or "") is not None
 
     def _name(self) -> str:
+        self._pass_space()
         quoted = self._take(_QUOTED)
         if quoted is not None:
-            return self._unquoted(quoted)
+            return _unquoted(quoted)
         name = self._take(_FIELD)
         if name is None:
             raise self._wrong("a field's name is missing; quote one with other characters than letters and digits")
@@ -121,17 +137,16 @@ class _Parser:
     def _value(self, quotes: re.Pattern[str]) -> str:
         quoted = self._take(quotes)
         if quoted is not None:
-            return self._unquoted(quoted)
+            return _unquoted(quoted)
         value = self._take(_VALUE)
         if value is None:
-            raise self._wrong("a value is missing; an empty one or one with spaces or commas is quoted")
+            raise self._wrong("a value is missing; quote one that is empty, has spaces or commas, or starts with / |")
         return value
 
-    def _unquoted(self, quoted: str) -> str:
-        mark, inner = quoted[0], quoted[1:-1]
-        if mark != '"':
-            return inner.replace(f"\\{mark}", mark)
-        return str(ast.literal_eval(quoted))  # Go's escapes inside double quotes are Python's as well
+    def _pass_space(self) -> None:
+        found = _SPACE.match(self._text, self._at)
+        assert found is not None
+        self._at = found.end()
 
     def _take(self, pattern: re.Pattern[str]) -> str | None:
         found = pattern.match(self._text, self._at)
@@ -148,3 +163,19 @@ class _Parser:
     def _wrong(self, why: str) -> InvalidArgument:
         before, after = self._text[: self._at], self._text[self._at :]
         return InvalidArgument(f"the filter {before}»{after} is wrong at »: {why}")
+
+
+def _unquoted(quoted: str) -> str:
+    """The text that is meant; escapes of bytes may make up characters."""
+    text = _ESCAPE.sub(_meant, quoted[1:-1])
+    return text.encode(errors="surrogateescape").decode(errors="surrogateescape")
+
+
+def _meant(escape: re.Match[str]) -> str:
+    code = escape[1]
+    if len(code) == 1:
+        return _CONTROLS.get(code, code)
+    if code[0] in "uU":
+        return chr(int(code[1:], 16))
+    byte = int(code[1:], 16) if code[0] == "x" else int(code, 8)
+    return bytes([byte]).decode(errors="surrogateescape")

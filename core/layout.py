@@ -273,7 +273,8 @@ class _ArchiveWriter(LayoutWriter):
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what waits to be written is given up as well
+                self._file.close()
             os.unlink(self._file.name)
 
 

@@ -7,14 +7,16 @@ on where it was. The source is only read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, Final
 
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, Damaged, LayerfsError
+from layerfs.errors import AlreadyExists, Damaged, InvalidArgument, LayerfsError
 from layerfs.layer import Kind, Layer
 from layerfs.store import Store
 
@@ -29,8 +31,10 @@ def migrate(source: Store, target: Store, progress: Progress | None = None) -> N
     """Copy everything from ``source`` to ``target``, and check all of it there.
 
     Raises `AlreadyExists` where ``target`` has another layer or image of a name, `Damaged` where a layer is not what
-    its diff ID says, on either side, `FailedPrecondition` where a layer of ``source`` is busy, `OutOfSpace`.
+    its diff ID says, on either side, `FailedPrecondition` where a layer of ``source`` is busy, `InvalidArgument` where
+    both are one store, `OutOfSpace`.
     """
+    check_apart(source.root, target.root)
     layers = list(source.list())
     for done, layer in enumerate(layers):
         if progress is not None:
@@ -43,6 +47,13 @@ def migrate(source: Store, target: Store, progress: Progress | None = None) -> N
     if wrong := target.check():
         first = wrong[0]
         raise Damaged(f"the copy of {first.name!r} is not right: {first.what}; remove the new store and try again")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raise `InvalidArgument` where two stores' directories are one, by whatever path; ``target`` need not be there."""
+    with contextlib.suppress(FileNotFoundError):
+        if source.samefile(target):
+            raise InvalidArgument(f"{str(target)!r} is the store itself; choose another directory for the new one")
 
 
 def _copy(source: Store, target: Store, layer: Layer) -> None:

@@ -47,6 +47,8 @@ class Wanted:
 def open_session(root: Path, wanted: Wanted, *, create: bool) -> Session:
     """Open the store at ``root``, or make one. See `layerfs.store.Store` for what it raises."""
     root = Path(os.path.realpath(root))
+    if wanted.driver:
+        registry.load(wanted.driver)  # before anything is made for a name that is mistyped
     try:
         _enter(root, create=create)
         locks = LockFile(root / _LOCK)
@@ -54,7 +56,7 @@ def open_session(root: Path, wanted: Wanted, *, create: bool) -> Session:
         raise refused(f"opening the store {str(root)!r}", error) from error
     try:
         with locks.exclusive(SETUP):
-            return _open(root, locks, wanted)
+            return _open(root, locks, wanted, create=create)
     except BaseException:
         locks.close()
         raise
@@ -83,20 +85,31 @@ def _enter(root: Path, *, create: bool) -> None:
     if (root / _DATABASE).exists():
         return
     if not create:
-        raise NotFound(f"there is no store at {str(root)!r}; make one with `layerfs init`")
+        raise _no_store(root)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if set(os.listdir(root)) - {_LOCK} and not (root / _DATABASE).exists():
         raise InvalidArgument(f"{str(root)!r} is neither empty nor a store; choose another directory")
     root.chmod(0o700)
 
 
-def _open(root: Path, locks: LockFile, wanted: Wanted) -> Session:
+def _no_store(root: Path) -> NotFound:
+    return NotFound(f"there is no store at {str(root)!r}; make one with `layerfs init`")
+
+
+def _open(root: Path, locks: LockFile, wanted: Wanted, *, create: bool) -> Session:
     reserve = Reserve(root / _RESERVE)
     reserve.use()
     database = Database(root / _DATABASE)
     try:
         if database.fact("driver") is None:
-            _make(root, database, wanted)
+            try:
+                if not create:  # what is there was left half made
+                    raise _no_store(root)
+                _make(root, database, wanted)
+            except BaseException:
+                if database.fact("driver") is None:
+                    database.discard()
+                raise
         kind, options = _settings(root, database, wanted)
         backing = Backing(root)
         backing.up()
@@ -138,8 +151,6 @@ def _make(root: Path, database: Database, wanted: Wanted) -> None:
 def _settings(root: Path, database: Database, wanted: Wanted) -> tuple[type[Driver], dict[str, str]]:
     """The driver and the options of an existing store. Raises `InvalidArgument` where others are wanted."""
     name = database.fact("driver") or ""
-    if wanted.driver and wanted.driver != name:
-        registry.load(wanted.driver)  # one that does not exist is the more likely mistake
     options = dict(json.loads(database.fact("options") or "{}"))
     for what, given, found in (("driver", wanted.driver, name), ("options", dict(wanted.options), options)):
         if given and given != found:

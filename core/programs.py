@@ -9,6 +9,9 @@ import subprocess
 
 from layerfs.errors import EnvironmentUnfit, LayerfsError, OutOfSpace
 
+CANNOT_RUN, NO_SUCH = 126, 127
+"""The exit codes by which shells say that a command cannot be run, and that there is none."""
+
 _SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # a user's PATH often lacks them
 
 
@@ -41,3 +44,8 @@ def run(command: list[str], package: str) -> None:
         if os.strerror(errno.ENOSPC) in words:
             raise OutOfSpace(f"{command[0]} on {command[-1]!r}: {words}")
         raise LayerfsError(f"{command[0]} on {command[-1]!r} failed: {words or result.returncode}")
+
+
+def shell_code(code: int) -> int:
+    """The exit code of a process as shells say it: 128 and the signal's number (-``code``) where one ended it."""
+    return 128 - code if code < 0 else code

@@ -12,7 +12,7 @@ from layerfs import mounts
 from layerfs.backing import Backing
 from layerfs.database import NOBODY, Database, Row, State
 from layerfs.driver import Driver
-from layerfs.errors import FailedPrecondition, LayerfsError, NotFound
+from layerfs.errors import FailedPrecondition, LayerfsError, NotFound, told
 from layerfs.locks import LockFile
 from layerfs.reserve import Reserve
 
@@ -139,7 +139,7 @@ class Session:
 
 def log_failure(what: str, error: Exception) -> None:
     """Log what nobody waits for; of a fault in layerfs, where it is."""
-    log.warning("%s: %s", what, error, exc_info=None if isinstance(error, LayerfsError) else error)
+    log.warning("%s: %s", what, error, exc_info=None if told(error) else error)
 
 
 def named(number: int) -> str:

@@ -19,7 +19,7 @@ from layerfs.apply import Applied
 from layerfs.database import RecordKind, Row, State
 from layerfs.diff import Written
 from layerfs.driver import Capability
-from layerfs.errors import AlreadyExists, BadLayer
+from layerfs.errors import AlreadyExists, BadLayer, FailedPrecondition
 from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
@@ -63,8 +63,9 @@ class Unpacking:
             if not missing:
                 return
             base = next((row for row in reversed(there) if row is not None), None)
-            volumes = [self._database.new_volume(self._session.number) for _ in missing]
+            volumes: list[int] = []
             try:
+                volumes.extend(self._database.new_volume(self._session.number) for _ in missing)
                 fillings = self._fillings(missing, volumes, base, devices)
                 applied, shapes = [], []
                 with contextlib.closing(self._filled(fillings)) as filled:
@@ -74,19 +75,33 @@ class Unpacking:
                         applied.append(found)
                         shapes.append(filling.shape())
                 self._settling.sync()
-            except BaseException:
-                for volume in reversed(volumes):
-                    self._session.discard(volume)
+                self._insert(missing, volumes, applied, shapes, base)
+            except BaseException as error:
+                self._discard(volumes)
+                if isinstance(error, Exception) and base is not None and self._is_gone(base):
+                    raise FailedPrecondition(
+                        f"the layer {base.key!r}, which the image stands on, was removed meanwhile; try again"
+                    ) from error
                 raise
-            self._insert(missing, volumes, applied, shapes, base)
 
     def _present(self, layer: BlobLayer) -> Row | None:
         row = self._database.find(layer.chain_id)
         if row is None:
             return None
         if row.kind is not Kind.COMMITTED or row.layer.chain_id != layer.chain_id or row.state is not State.READY:
-            raise AlreadyExists(f"the key {layer.chain_id!r} is taken by a layer that is not the image's; remove it")
+            raise _taken(layer)
         return row
+
+    def _is_gone(self, base: Row) -> bool:
+        row = self._database.numbered(base.number)
+        return row is None or row.state is State.REMOVING
+
+    def _discard(self, volumes: Sequence[int]) -> None:
+        """Take away those of the volumes that are no layer's: an interruption may come when all has been recorded."""
+        stray = set(self._database.stray_volumes(self._session.number))
+        for volume in reversed(volumes):
+            if volume in stray:
+                self._session.discard(volume)
 
     def _fillings(
         self, layers: Sequence[BlobLayer], volumes: Sequence[int], base: Row | None, devices: bool
@@ -143,12 +158,18 @@ class Unpacking:
         parent = None if base is None else base.number
         with self._database.transaction(durable=True):
             for layer, volume, found, shape in zip(layers, volumes, applied, shapes, strict=True):
+                if self._database.is_taken(layer.chain_id):  # meanwhile
+                    raise _taken(layer)
                 self._database.own_volume(volume, None)
                 parent = self._database.insert(
                     layer.chain_id, Kind.COMMITTED, parent, volume, State.READY, None, labels={}
                 )
                 written = Written(found.diff_id, found.size, found.entries)
                 self._database.set_diff(parent, written, RecordKind.ARCHIVE, shape)
+
+
+def _taken(layer: BlobLayer) -> AlreadyExists:
+    return AlreadyExists(f"the key {layer.chain_id!r} is taken by a layer that is not the image's; remove it")
 
 
 def _check(layer: BlobLayer, found: Applied) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from layerfs import oci, platforms
 from layerfs.errors import BadLayer, InvalidArgument, LayerfsError, NotFound
 from layerfs.store import Store
 from layerfs.testing.engines import BUSYBOX, busybox_image, busybox_layer, layerfs, running, wait_until
@@ -214,6 +215,33 @@ def test_podmans_images_come_with_their_names_and_files(
     with store.mounted("look") as tree:
         assert sorted(os.listdir(tree / "data")) == ["new", "ünï"]
     assert store.check() == []
+
+
+def test_podmans_lists_of_images_are_the_image_for_the_platform(
+    containers_root: tuple[Path, str], make_store: MakeStore
+) -> None:
+    root, identity = containers_root
+    driver = "overlay" if (root / "overlay-images").exists() else "vfs"
+    listed = root / f"{driver}-images/images.json"
+    (image,) = json.loads(listed.read_text())
+    here = {"mediaType": oci.MANIFEST, "digest": image["digest"], "size": 1}
+    fits = here | {"platform": {"os": "linux", "architecture": platforms.host().architecture}}
+    elsewhere = here | {"digest": f"sha256:{'1' * 64}", "platform": {"os": "linux", "architecture": "mips"}}
+    about = here | {"platform": {"os": "unknown", "architecture": "unknown"}}
+    lists = {"one": [about, elsewhere, here], "two": [elsewhere, fits, fits], "away": [elsewhere], "only": [about]}
+    images = [image]
+    for number, (name, entries) in enumerate(lists.items()):
+        images.append({"id": f"{number:064}", "names": [f"localhost/{name}:1"]})
+        (listed.parent / f"{number:064}").mkdir()
+        document = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": entries}
+        (listed.parent / f"{number:064}" / "manifest").write_text(json.dumps(document))
+    listed.write_text(json.dumps(images))
+    store = make_store("overlay2")
+    names = layerfs("import", "--from", f"containers-storage:{root}", "--root", store.root).split()
+    assert names == ["localhost/bb:1", "localhost/one:1", "localhost/two:1"]
+    assert {image.config_digest for image in store.images.list()} == {identity}
+    with pytest.raises(InvalidArgument, match="mips"):
+        store.images.import_(root, kind="containers-storage", name="localhost/two:1", platform="linux/mips")
 
 
 def test_what_was_changed_or_lost_at_podman_is_refused(

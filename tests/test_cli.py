@@ -405,6 +405,16 @@ def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place:
     assert not [file for file in os.listdir(place) if "new.tar" in file]
 
 
+def test_a_diff_through_a_link_leaves_the_link(cli: Cli, place: Path) -> None:
+    """As /dev/stdout is one."""
+    cli("prepare", "work")
+    (place / "link.tar").symlink_to("out.tar")
+    for _ in range(2):
+        cli("diff", "work", "-o", place / "link.tar")
+        assert (place / "link.tar").is_symlink()
+        assert tarfile.is_tarfile(place / "out.tar")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_apply_ends_with_130_and_leaves_the_layer_as_it_was(cli: Cli, number: signal.Signals) -> None:
     cli("prepare", "work")
@@ -484,6 +494,29 @@ def test_a_reader_that_goes_away_ends_it_quietly(cli: Cli) -> None:
         process.stdout.close()
         assert process.wait(60) == 141
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault_and_what_cannot_be_said_is_no_success(cli: Cli, closed: str) -> None:
+    cli("prepare", "work")
+    cli("apply", "work", "-", feed=TOP)
+    gone = 141 if ">&-" in closed.split() else 0
+    for arguments, code in (
+        (("diff", "work"), gone),
+        (("layers",), gone),
+        (("changes", "work", "--json"), gone),
+        (("--version",), 1 if gone else 0),
+        (("prepare", f"other {closed}"), 0),
+        (("apply", "work", "-"), 7 if "<&-" in closed.split() else None),
+        (("rm", "none"), 4),
+    ):
+        if code is not None:
+            command = ["sh", "-c", f'exec "$@" {closed}', "sh", *cli.command(*arguments)]
+            done = subprocess.run(command, capture_output=True, env=cli.environment, check=False)
+            assert done.returncode == code, (arguments, done.stderr)
+            assert b"fault" not in done.stderr
+    assert cli("changes", "work")
+    cli("check")
 
 
 # -- check and gc ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs import engine, mount_table, registry
+from layerfs import engine, mount_table, programs, registry
 from layerfs.errors import AlreadyExists, BadLayer, InvalidArgument, LayerfsError, NotFound
 from layerfs.layer import Kind
 from layerfs.store import Store
@@ -83,9 +83,24 @@ def test_exit_codes_are_passed_on_and_layers_go_where_wanted(store: Store) -> No
     assert engine.run(store, "busybox", ["sh", "-c", "exit 42"], remove=True) == 42
     assert engine.run(store, "busybox", ["sh", "-c", "sleep 60 & kill -9 $!; wait $!"], remove=True) == 137
     assert list(store.list("kind==active")) == []
+    assert [programs.shell_code(code) for code in (0, 3, -9)] == [0, 3, 137]
     assert engine.run(store, "busybox", ["false"]) == 1
     (left,) = store.list("kind==active")
     assert left.key.startswith("run-")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["nothing-there"], 127),
+        (["/bin/nothing-there"], 127),
+        (["/etc/greeting"], 126),
+        (["/etc"], 126),
+        (["sh", "-c", "echo 'exec: no such file or directory' >&2; exit 1"], 1),
+    ],
+)
+def test_a_command_that_cannot_be_run_ends_as_in_a_shell(store: Store, words: list[str], code: int) -> None:
+    assert engine.run(store, "busybox", words, remove=True) == code
 
 
 def test_what_is_refused_leaves_no_layer(store: Store, make_store: MakeStore, tmp_path: Path) -> None:
@@ -118,6 +133,15 @@ def test_the_entry_point_directory_and_environment_of_the_image(make_store: Make
     store = filled(make_store("overlay2"), tmp_path, **config, Env=["A=one two"])
     assert engine.run(store, "busybox", name="c") == 0
     assert read(store, "c", "work/here/out") == "/work/here\none two /\n"
+
+
+def test_a_relative_directory_begins_at_the_root_and_variables_without_a_value_are_dropped(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
+    config = {"Cmd": ["sh", "-c", "pwd > /out; echo $A >> /out"], "WorkingDir": "work/here"}
+    store = filled(make_store("overlay2"), tmp_path, **config, Env=["PATH", "A=b=c", "", "=d"])
+    assert engine.run(store, "busybox", name="c") == 0
+    assert read(store, "c", "out") == "/work/here\nb=c\n"
 
 
 def test_users_are_looked_up_in_the_containers_own_files(tmp_path: Path) -> None:

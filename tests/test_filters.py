@@ -14,7 +14,7 @@ NOW = datetime.now(UTC)
 LAYERS = [
     Layer("base", Kind.COMMITTED, "", NOW, NOW, {"team": "web", "a.b/c": "x y"}),
     Layer("work", Kind.ACTIVE, "base", NOW, NOW, {"team": "db", "empty": ""}),
-    Layer("a look, really", Kind.VIEW, "base", NOW, NOW, {}),
+    Layer("a look, really", Kind.VIEW, "base", NOW, NOW, {"my-label": "/x", "1": "é"}),
 ]
 ALL = {layer.key for layer in LAYERS}
 
@@ -47,6 +47,17 @@ def found(*given: str) -> set[str]:
         (['name=="a look, really"'], {"a look, really"}),
         (["name==nothing"], set()),
         (["unknown==x"], set()),
+        (["labels.my-label"], {"a look, really"}),
+        (["labels.my-label~=|^/|"], {"a look, really"}),
+        (['labels.1=="\\xc3\\xa9"'], {"a look, really"}),
+        (['labels.1=="\\u00e9"'], {"a look, really"}),
+        (['labels.none!=""'], set()),
+        (["labels.none!=x"], ALL),
+        ([" kind == active, name ~= w"], {"work"}),
+        ([r"name~=/^look\\b|\\w, r/"], {"a look, really"}),
+        ([r"name~=/^\x77/"], {"work"}),
+        ([r'name~="^w\\w+$"'], {"work"}),
+        ([r"labels.my-label~=/^\/x$/"], {"a look, really"}),
     ],
 )
 def test_what_fits(given: list[str], expected: set[str]) -> None:
@@ -66,6 +77,10 @@ def test_what_fits(given: list[str], expected: set[str]) -> None:
         "na me==x",
         "labels.",
         "name==a,,b",
+        "name==a ,kind",
+        "name ",
+        r"name~=/\d/",
+        "labels .team",
     ],
 )
 def test_what_cannot_be_understood_is_shown(given: str) -> None:

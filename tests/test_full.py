@@ -9,13 +9,16 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from layerfs import mounts, registry
+from layerfs import layout, mounts, registry
 from layerfs.backing import Backing, BackingSpec
+from layerfs.database import Database
 from layerfs.errors import OutOfSpace
 from layerfs.store import Store
 from layerfs.testing.images import MadeImage, MadeLayout, tar_of
@@ -131,3 +134,57 @@ def test_an_operation_that_fails_on_a_full_disk_leaves_no_layer_busy(tmp_path: P
             store.diff("work", io.BytesIO())
     finally:
         disk.destroy()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", tmp_path], check=True)
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_database_that_is_opened_on_a_full_disk_says_so(small: Path) -> None:
+    """SQLite calls it an error of input and output where its processes' shared file does not fit."""
+    Database(small / "db").close()
+    fill(small)
+    with pytest.raises(OutOfSpace, match="free some space"):
+        Database(small / "db")
+
+
+def test_an_image_that_does_not_fit_into_a_tar_leaves_nothing_there(small: Path) -> None:
+    blob = os.urandom((1 << 20) - 8192)
+    with layout.writer(small / "image.tar") as writer:
+        writer.add_bytes("application/octet-stream", blob)
+        with pytest.raises(OutOfSpace, match=r"image\.tar"):
+            writer.add_bytes("application/octet-stream", blob[:8190])
+    assert not os.listdir(small)
+
+
+def test_a_full_disk_is_told_as_such_wherever_it_was_met() -> None:
+    script = (
+        "import click, sys; from layerfs.cli import main\n"
+        "@click.command()\n"
+        "def full(): raise OSError({}, 'the system said so', '/a/file')\n"
+        "sys.exit(main(full))"
+    )
+    for number, code in ((errno.ENOSPC, 9), (errno.EDQUOT, 9), (errno.EBADF, 70)):
+        command = [sys.executable, "-c", script.format(number)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, "a fault" in done.stderr) == (code, code == 70), done.stderr
+
+
+def test_engines_are_told_of_a_full_disk() -> None:
+    grpc = pytest.importorskip("grpc", reason="layerfs[serve] is not installed")
+    from layerfs.serve import snapshots
+
+    class Context:
+        def abort(self, code: object, _text: str) -> None:
+            raise ConnectionAbortedError(code)
+
+    for error in (OSError(errno.EDQUOT, "quota"), OutOfSpace("full")):
+        with pytest.raises(ConnectionAbortedError) as caught:
+            snapshots._refuse(Context(), error)  # type: ignore[arg-type]
+        assert caught.value.args == (grpc.StatusCode.RESOURCE_EXHAUSTED,)

@@ -126,6 +126,21 @@ def test_a_client_that_waits_for_leave_to_send_gets_it(client: Client) -> None:
     connection.close()
 
 
+def test_the_case_of_headers_does_not_matter(client: Client) -> None:
+    body = b'{"ID": "lower"}'
+    lengths = {"content-length": str(len(body))}, {"CONTENT-LENGTH": str(len(body)), "expect": "100-Continue"}
+    chunked = {"transfer-encoding": "Chunked"}
+    for name, headers in zip(("Create", "Exists", "Exists"), (*lengths, chunked), strict=True):
+        with closing(client.connect()) as connection:
+            connection.putrequest("POST", f"/GraphDriver.{name}")
+            for header, value in headers.items():
+                connection.putheader(header, value)
+            connection.endheaders()
+            connection.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if headers is chunked else body)
+            answer = json.loads(connection.getresponse().read())
+            assert answer == {"Err": "", **({"Exists": True} if name == "Exists" else {})}
+
+
 def test_layers_are_written_to_until_they_are_parents(client: Client) -> None:
     client("Create", ID="base", Parent="")
     client("Create", ID="base", error="already")

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from layerfs import digest, imageexport
 from layerfs.backing import Backing
+from layerfs.driver import Driver
 from layerfs.errors import (
     AlreadyExists,
     BadLayer,
@@ -280,6 +281,55 @@ def test_a_changed_blob_is_refused_wherever_it_was_changed(store: Store, made: M
     assert not keys(store)
     assert not blobs(store)
     assert store.images.import_(made.path)
+
+
+def test_a_layer_that_cannot_be_recorded_leaves_no_volume(store: Store, made: MadeLayout) -> None:
+    """Somebody takes its key while it is unpacked."""
+    made.add(MadeImage(DIFFS), "v1")
+
+    def take(_done: int, _total: int, _what: str) -> None:
+        with contextlib.suppress(AlreadyExists):
+            store.prepare(CHAIN[1])
+
+    with pytest.raises(AlreadyExists, match="taken"):
+        store.images.import_(made.path, progress=take)
+    assert keys(store) == [CHAIN[1]]
+    store.remove(CHAIN[1])
+    assert not store._database.volumes()
+    assert not os.listdir(store.root / "records")
+    store.images.import_(made.path)
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_base_that_is_removed_meanwhile_is_named(
+    store: Store, made: MadeLayout, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before its copy or clone is made, or while the layers on it are read."""
+    made.add(MadeImage(DIFFS[:1]), "base")
+    store.images.import_(made.path)
+    store.prepare("work", CHAIN[0])
+    store.images.remove("base")
+    store.remove("work")
+    assert keys(store) == CHAIN[:1]
+    create = type(store.driver).create
+
+    def late(self: Driver, volume: str, parents: Sequence[str], *, size: int | None = None) -> None:
+        if moment == "before":
+            take()
+        create(self, volume, parents, size=size)
+
+    def take(*_: object) -> None:
+        with contextlib.suppress(NotFound):
+            store.remove(CHAIN[0])
+
+    monkeypatch.setattr(type(store.driver), "create", late)
+    made.add(MadeImage(DIFFS), "v1")
+    with pytest.raises(FailedPrecondition, match=rf"{CHAIN[0]}.* was removed meanwhile"):
+        store.images.import_(made.path, name="v1", progress=take if moment == "while" else None)
+    assert not store._database.volumes()
+    monkeypatch.undo()
+    store.images.import_(made.path, name="v1")
+    assert tree_of(store, CHAIN[-1]) == TREE
 
 
 @pytest.mark.parametrize("kind", ["gzip", "none"])

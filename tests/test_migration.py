@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from layerfs.errors import AlreadyExists, Damaged
+from layerfs.errors import AlreadyExists, Damaged, InvalidArgument
 from layerfs.layer import Kind
 from layerfs.migration import migrate
 from layerfs.store import Store
+from layerfs.testing.engines import program
 from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 from layerfs.testing.trees import Tree, read_tree
 
@@ -88,6 +89,26 @@ def test_another_layer_of_the_name_and_damage_are_refused(make_store: MakeStore,
     with pytest.raises(Damaged, match="mine"):
         migrate(one, two)
     assert "mine" not in [layer.key for layer in two.list()]
+
+
+def test_a_store_is_not_copied_into_itself(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store("vfs", "one")
+    store.prepare("work", labels={"k": "v"})
+    with pytest.raises(InvalidArgument, match="itself"):
+        migrate(store, store)
+    before = picture(store)
+    (tmp_path / "link").symlink_to("one")
+    (tmp_path / "bound").mkdir()
+    subprocess.run(["mount", "--bind", store.root, tmp_path / "bound"], check=True)
+    try:
+        for name in ("one", "one/../one", "link", "bound"):
+            for driver in ("vfs", "overlay2"):
+                command = [*program(), "migrate", "--root", str(store.root), "--to", driver, str(tmp_path / name)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert (done.returncode, "itself" in done.stderr) == (2, True), (name, done.stderr)
+    finally:
+        subprocess.run(["umount", tmp_path / "bound"], check=True)
+    assert picture(store) == before
 
 
 def test_after_a_kill_it_goes_on(make_store: MakeStore, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -30,7 +32,7 @@ from layerfs.testing.guests import every_driver
 
 grpc = pytest.importorskip("grpc", reason="layerfs[serve] is not installed")
 
-from layerfs.serve import api  # noqa: E402 - needs grpc's companion protobuf
+from layerfs.serve import api, listening  # noqa: E402 - needs grpc's companion protobuf
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="serving containerd needs root")
 
@@ -336,6 +338,34 @@ def test_requests_under_way_are_finished_before_the_end(plain: Served) -> None:
     assert "stopped" in plain.log.read_text()
 
 
+ENDLESS = """
+import threading
+from layerfs.cli import main
+from layerfs.serve import containerd, listening
+from layerfs.store import Store
+containerd._GRACE = listening.LAST = 0
+Store.cleanup = lambda self: print("endless", flush=True) or threading.Event().wait()
+main()
+"""
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_server(plain: Served) -> None:
+    plain.command[: plain.command.index("serve")] = [sys.executable, "-c", ENDLESS]
+    plain.start()
+    client = Client(plain.socket)
+    client.prepare(key="work")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.cleanup)
+        wait_until(lambda: "endless" in plain.log.read_text(), "the request is at work")
+        assert plain.stop() == 1
+        assert isinstance(asked.exception(), grpc.RpcError)
+    assert "broken off" in plain.log.read_text()
+    assert not plain.socket.exists()
+    with Store(plain.root) as store:
+        assert [layer.key for layer in store.list()] == ["work"]
+        assert store.check() == []
+
+
 def test_slow_and_broken_clients_harm_nobody(plain: Served) -> None:
     plain.start()
     idle = []
@@ -413,6 +443,62 @@ def test_the_log_names_what_a_request_was_about(plain: Served) -> None:
     lines = plain.log.read_text().splitlines()
     assert any("Prepare 'k\\n1'" in line and line.endswith(" ms") for line in lines)
     assert any("Stat 'none'" in line and "NotFound: there is no layer 'none'" in line for line in lines)
+
+
+def test_the_relay_outlasts_a_shortage_of_descriptors(tmp_path: Path) -> None:
+    class Short(socket.socket):
+        """Begins as where the process, and then the system, has too many files open."""
+
+        errors = (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED)
+        met = 0
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.met < len(self.errors):
+                self.met += 1
+                raise OSError(self.errors[self.met - 1], "short")
+            return super().accept()
+
+    kind = socket.AF_UNIX
+    with socket.socket(kind) as behind, Short(kind) as front, socket.socket(kind) as client:
+        behind.bind(str(tmp_path / "behind"))
+        behind.listen()
+        front.bind(str(tmp_path / "front"))
+        front.listen()
+        listening.Relay(front, tmp_path / "behind").start()
+        client.connect(str(tmp_path / "front"))
+        client.sendall(b"question")
+        behind.settimeout(60)
+        client.settimeout(60)
+        server, _ = behind.accept()
+        with server:
+            assert server.recv(100) == b"question"
+            server.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+        assert front.met == len(front.errors)
+        front.shutdown(socket.SHUT_RDWR)
+
+
+def test_printed_units_and_configuration_hold_every_option_and_any_path(tmp_path: Path) -> None:
+    place = tmp_path / 'a "b" \\n $c %d é'
+    where = ("--root", place / "store", "--socket", place / "s.sock")
+    config = tomllib.loads(layerfs("serve", "containerd", "--print-config", *where))["proxy_plugins"]["layerfs"]
+    assert (config["address"], config["exports"]["root"]) == (str(place / "s.sock"), str(place / "store"))
+    printed = json.loads(layerfs("serve", "docker", "--print-config", "--socket", place / 'x"y.sock'))
+    assert printed["storage-driver"] == 'x"y'
+    options = ("--driver", "btrfs", "--sync", "commit", "--metrics", "localhost:9000")
+    for engine in ("containerd", "docker"):
+        text = layerfs("serve", engine, "--print-unit", *where, *options)
+        (start,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
+        words = shlex.split(start.partition("=")[2].replace("$$", "$").replace("%%", "%"))
+        assert words[1:3] == ["serve", engine]
+        given = dict(zip(words[3::2], words[4::2], strict=True))
+        assert given == dict(zip([*where[::2], *options[::2]], map(str, [*where[1::2], *options[1::2]]), strict=True))
+        assert f"ListenStream={str(place / 's.sock').replace('%', '%%')}" in text.splitlines()
+    for name in ("a\nb", "a\udcffb"):
+        for wanted in ("--print-unit", "--print-config"):
+            command = [*program(), "serve", "containerd", wanted, "--socket", f"/{name}/s.sock"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 def test_printed_configuration_is_what_engines_read(tmp_path: Path) -> None:

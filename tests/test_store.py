@@ -15,6 +15,7 @@ import pytest
 import layerfs
 from layerfs import mount_table
 from layerfs.backing import BackingSpec
+from layerfs.database import Database
 from layerfs.driver import Capability
 from layerfs.errors import (
     AlreadyExists,
@@ -449,6 +450,23 @@ def test_a_store_remembers_what_it_is(make_store: MakeStore, tmp_path: Path) -> 
     with pytest.raises(InvalidArgument, match="neither empty nor a store"):
         Store(tmp_path / "full")
     assert (tmp_path / "full/file").exists()
+
+
+def test_what_cannot_be_made_leaves_no_store(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with pytest.raises(InvalidArgument, match="overlay3"):
+        Store(root, "overlay3")
+    assert not root.exists()
+    with pytest.raises(InvalidArgument, match="no options"):
+        Store(root, "vfs", options={"a": "b"})
+    with pytest.raises(NotFound, match="layerfs init"):
+        Store(root, create=False)
+    assert os.listdir(root) == ["lock"]
+    Database(root / "layerfs.db").close()  # as a process that was killed leaves it
+    with pytest.raises(NotFound, match="layerfs init"):
+        Store(root, create=False)
+    with Store(root, "vfs") as store:
+        assert store.driver.name == "vfs"
 
 
 @pytest.mark.parametrize(("driver", "filesystem"), [("overlay2", "ext4"), ("btrfs", "btrfs"), ("vfs", "xfs")])

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from layerfs import digest, oci
+from layerfs import digest, oci, platforms
 from layerfs.adopt.files import Files
 from layerfs.adopt.splitimage import split_image
 from layerfs.adopt.tarsplit import Split
@@ -42,11 +42,51 @@ def find(files: Files) -> list[Candidate]:
 
 def _candidates(files: Files, driver: str) -> list[Candidate]:
     layers = {layer["id"]: layer for layer in _listed(files, f"{driver}-layers", "layers.json")}
+    images = _listed(files, f"{driver}-images", "images.json")
+    loaders = {manifest: partial(_load, files, driver, image, layers) for image in images for manifest in _own(image)}
     found = []
-    for image in _listed(files, f"{driver}-images", "images.json"):
+    for image in images:
+        load: Callable[[Platform | None], SourceImage] = partial(_load, files, driver, image, layers)
+        if (index := _index(files, driver, image)) is not None:
+            there = [(item.platform, loaders[item.digest]) for item in index if item.digest in loaders]
+            if not there:  # a list of images that are elsewhere
+                continue
+            load = partial(_load_nearest, there, f"the list of images {image['id']}")
         names = [str(name) for name in image.get("names") or () if "@" not in str(name)]
-        found.append(Candidate(tuple(names or [image["id"]]), partial(_load, files, driver, image, layers)))
+        found.append(Candidate(tuple(names or [image["id"]]), load))
     return found
+
+
+def _own(image: Mapping[str, Any]) -> set[str]:
+    """The digests by which an image that has layers is listed."""
+    documents = image.get("big-data-digests") or {}
+    return {str(image.get("digest")), str(documents.get("manifest"))} if image.get("layer") else set()
+
+
+def _index(files: Files, driver: str, image: Mapping[str, Any]) -> list[oci.Descriptor] | None:
+    """The images that a list (``podman manifest create``) has; None for what is an image itself. Raises `BadLayer`."""
+    if image.get("layer"):
+        return None
+    data = _document(files, driver, image["id"], "manifest")
+    what = f"the list of images {image['id']}"
+    if "manifests" not in oci.parse_json(data, what):
+        return None
+    return [item for item in oci.parse_index(data, what) if not item.is_attestation]
+
+
+def _load_nearest(
+    there: Sequence[tuple[Platform | None, Callable[[Platform | None], SourceImage]]],
+    what: str,
+    wanted: Platform | None,
+) -> SourceImage:
+    if len(there) == 1:  # there is nothing to choose
+        return there[0][1](wanted)
+    found = [platform or load(None).parsed.platform for platform, load in there]
+    chosen = platforms.nearest(found, wanted or platforms.host())
+    if chosen is None:
+        listing = ", ".join(sorted(map(str, found)))
+        raise InvalidArgument(f"{what} has no image here for {wanted or platforms.host()}; there is {listing}")
+    return there[chosen][1](wanted)
 
 
 def _listed(files: Files, *place: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from layerfs import signals
 from layerfs.cli import images, layers, namespace, run, serve, shell, store
 from layerfs.cli.common import Settings, store_options
 from layerfs.cli.output import one_line
-from layerfs.errors import LayerfsError
+from layerfs.errors import told
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141  # sysexits.h; 128 + the signal's number
 
@@ -65,7 +65,7 @@ Exit codes:
     9  no space left
    10  the kernel refused a call
    70  a fault in layerfs itself; LAYERFS_DEBUG=1 shows where
-  124  the time given to a guest was over; else "layerfs guest" ends as its command did
+  124  the time given to a guest was over; else "layerfs guest" and "layerfs run" end as their command did
   130  interrupted (Ctrl-C, SIGTERM, SIGHUP), and cleaned up
 """
 
@@ -169,6 +169,7 @@ def main(command: click.Command | None = None) -> int:
 
     The process is to end then: it ignores signals to end from there on.
     """
+    _replace_closed_streams()
     with _termination_as_interrupt():
         try:
             code = (command or cli).main(prog_name=None if command else "layerfs", standalone_mode=False)
@@ -181,11 +182,31 @@ def main(command: click.Command | None = None) -> int:
         except Exception as error:
             if signals.is_interruption(error):
                 _end_interrupted()
-            if isinstance(error, LayerfsError):
-                return _complain(str(error), error.exit_code)
+            if (known := told(error)) is not None:
+                return _complain(str(known), known.exit_code)
             text = f"{type(error).__name__}: {error} (a fault in layerfs; LAYERFS_DEBUG=1 shows where)"
             return _complain(text, EXIT_INTERNAL)
     return code if isinstance(code, int) else 0
+
+
+def _replace_closed_streams() -> None:
+    """Let no file that is opened later take the number of a standard stream that is closed (``>&-``).
+
+    A closed output acts like a pipe whose reader has gone, so that what cannot be said is no success.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    if sys.stdout is None:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _end_interrupted() -> NoReturn:

@@ -241,6 +241,7 @@ def byte_sink(output: Path | None) -> Iterator[BinaryIO]:
         with _open(output, "wb") as out:
             yield out
         return
+    output = Path(os.path.realpath(output))  # a link stays one, above all /dev/stdout
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with _open(partial, "xb") as out:

@@ -71,8 +71,8 @@ def _options(socket: str, engines: str) -> Callable[[Callable[..., None]], Calla
 def containerd(socket: Path, sync: str, metrics: str | None, print_config: bool, print_unit: bool) -> None:
     """Serve a store to containerd as a snapshotter.
 
-    Runs until SIGTERM or Ctrl-C, then finishes the requests under way; containers go on without it. The store belongs
-    to containerd: what it does not know, its garbage collection removes.
+    Runs until SIGTERM or Ctrl-C, then finishes the requests under way, for 40 s at most; containers go on without it.
+    The store belongs to containerd: what it does not know, its garbage collection removes.
     """
     socket = Path(os.path.abspath(socket))
     if print_config:
@@ -80,7 +80,7 @@ def containerd(socket: Path, sync: str, metrics: str | None, print_config: bool,
 
         click.echo(setup.engine_config(socket, settings().place()), nl=False)
     if print_unit:
-        _print_unit("containerd", socket)
+        _print_unit("containerd", socket, sync, metrics)
     if not print_config and not print_unit:
         _serve("containerd", socket, sync, metrics)
 
@@ -97,7 +97,7 @@ def docker(socket: Path, sync: str, metrics: str | None, print_config: bool, pri
     """Serve a store to Docker 20.10 to 26 as a graph driver.
 
     Docker finds the driver by the name of its socket. Runs until SIGTERM or Ctrl-C, then finishes the requests under
-    way. The store belongs to Docker.
+    way, for 40 s at most. The store belongs to Docker.
     """
     socket = Path(os.path.abspath(socket))
     if print_config:
@@ -105,15 +105,26 @@ def docker(socket: Path, sync: str, metrics: str | None, print_config: bool, pri
 
         click.echo(setup.docker_config(socket), nl=False)
     if print_unit:
-        _print_unit("docker", socket)
+        _print_unit("docker", socket, sync, metrics)
     if not print_config and not print_unit:
         _serve("docker", socket, sync, metrics)
 
 
-def _print_unit(engine: str, socket: Path) -> None:
+def _print_unit(engine: str, socket: Path, sync: str, metrics: str | None) -> None:
     from layerfs.serve import setup
 
-    click.echo(setup.units(engine, os.path.abspath(sys.argv[0]), socket, settings().place()), nl=False)
+    chosen = settings()
+    options = {
+        "--root": str(chosen.place()),
+        "--driver": chosen.driver,
+        "--socket": str(socket),
+        "--sync": sync,
+        "--metrics": metrics,
+    }
+    command = [os.path.abspath(sys.argv[0]), "serve", engine]
+    for name, value in options.items():
+        command += [] if value is None else [name, value]
+    click.echo(setup.units(engine, command, socket), nl=False)
 
 
 def _serve(engine: str, socket: Path, sync: str, metrics: str | None) -> None:

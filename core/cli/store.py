@@ -171,10 +171,12 @@ def migrate(to: str, backing: str | None, dest: Path) -> None:
     Layers of every kind, their labels, and images; every diff ID is verified. The old store stays as it is. If it is
     interrupted, the same command goes on. Writable layers should not be in use meanwhile.
     """
+    from layerfs.migration import check_apart
     from layerfs.migration import migrate as copy
     from layerfs.store import Store
 
     place = Path(os.path.abspath(dest))
+    check_apart(settings().place(), place)
     spec = _backing_spec(backing, None, None)
     with open_store() as source, Store(place, to, backing=spec) as target, step_progress() as progress:
         copy(source, target, progress)

@@ -22,11 +22,11 @@ from typing import Any
 from layerfs.guest.furnish import furnish
 from layerfs.guest.sandbox import JOB
 from layerfs.kernel.libc import libc
+from layerfs.programs import CANNOT_RUN, NO_SUCH, shell_code
 
 _POWER_OFF = 0x4321FEDC
 _GATHER = 0.01  # seconds between two passings on; a switch of threads costs much in User-Mode Linux
 _PIPE = 1 << 20
-_CANNOT_RUN, _NO_SUCH = 126, 127  # as shells say it
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _status(job: dict[str, Any], ends: list[int], control: int) -> int:
         )
     except OSError as error:
         os.write(ends[1], f"layerfs: running {job['command'][0]!r}: {error.strerror}\n".encode())
-        return _NO_SUCH if isinstance(error, FileNotFoundError) else _CANNOT_RUN
+        return NO_SUCH if isinstance(error, FileNotFoundError) else CANNOT_RUN
     finally:
         for end in ends:
             os.close(end)
@@ -94,8 +94,7 @@ def _status(job: dict[str, Any], ends: list[int], control: int) -> int:
     while True:
         process, status = os.wait()
         if process == child.pid:
-            code = os.waitstatus_to_exitcode(status)
-            return 128 - code if code < 0 else code
+            return shell_code(os.waitstatus_to_exitcode(status))
 
 
 def _obey(control: int, child: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -25,11 +26,13 @@ _THREADS: Final = 16
 _LARGEST: Final = 16 << 20
 """Bytes of a message, as containerd's own limit."""
 _GRACE: Final = 30.0
-"""Seconds that requests under way have when the server is told to stop."""
+"""Seconds that requests under way have when the server is told to stop, before they are broken off."""
 
 
 def serve(store: Store, socket: Path, requests: Requests) -> None:
     """Serve until a signal to end, then finish the requests under way. Called in the main thread.
+
+    Where one of them does not end, the process does, see `listening.break_off`.
 
     Where systemd hands a socket over, that one is served and ``socket`` is left alone.
     Raises `AlreadyExists` (another server is there), `InvalidArgument` (no place for a socket, or a store whose path
@@ -43,7 +46,7 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             # gRPC opens its sockets itself: a relay stands between.
             socket = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerfs-"))) / "socket"
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="request")
-        stack.callback(pool.shutdown, cancel_futures=True)  # those that have not begun are not waited for
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         sizes = [(f"grpc.max_{way}_message_length", _LARGEST) for way in ("receive", "send")]
         server = grpc.server(pool, handlers=[Snapshots(store, requests).handler()], options=sizes)
         wait_for_stop = stack.enter_context(listening.stop_signals())
@@ -59,6 +62,12 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             log.info("stopping; requests under way are finished")
             finished = server.stop(_GRACE)
         finished.wait()
+        # Those that have not begun are not waited for.
+        ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True}, daemon=True, name="end")
+        ending.start()
+        ending.join(listening.LAST)
+    if ending.is_alive():
+        listening.break_off()
     log.info("stopped")
 
 

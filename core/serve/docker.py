@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 from urllib.parse import parse_qs, urlsplit
 
-from layerfs.errors import InvalidArgument, LayerfsError
+from layerfs.errors import InvalidArgument, LayerfsError, told
 from layerfs.serve import listening
 from layerfs.serve.graphdriver import GraphDriver
 from layerfs.serve.requests import Requests
@@ -43,6 +44,8 @@ _GRACE: Final = 30.0
 def serve(store: Store, socket: Path, requests: Requests) -> None:
     """Serve until a signal to end, then finish the requests under way. Called in the main thread.
 
+    Where one of them does not end, the process does, see `listening.break_off`.
+
     Where systemd hands a socket over, that one is served and ``socket`` is left alone.
     Raises `AlreadyExists` (another server is there), `InvalidArgument` (no place for a socket).
     """
@@ -64,7 +67,8 @@ def serve(store: Store, socket: Path, requests: Requests) -> None:
             listening.notify("STOPPING=1")
             log.info("stopping; requests under way are finished")
             server.shutdown()
-        server.finish(_GRACE)
+        if not server.finish(_GRACE):
+            listening.break_off()
     log.info("stopped")
 
 
@@ -102,15 +106,18 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             self._stopping = True
         super().shutdown()
 
-    def finish(self, seconds: float) -> None:
-        """Wait until no request is at work; those whose clients keep them waiting for longer are broken off."""
+    def finish(self, seconds: float) -> bool:
+        """Wait until no request is at work, which is returned.
+
+        Those whose clients keep them waiting for longer are broken off.
+        """
         with self._changed:
             if self._changed.wait_for(lambda: not self._working, seconds):
-                return
+                return True
             for connection in self._working:
                 with contextlib.suppress(OSError):
                     connection.shutdown(sockets.SHUT_RDWR)
-            self._changed.wait_for(lambda: not self._working)
+            return self._changed.wait_for(lambda: not self._working, listening.LAST)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone away is no matter; a fault of ours has been logged."""
@@ -125,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answered = False
-        body = _Body(cast("BinaryIO", self.rfile), dict(self.headers.items()))
+        body = _Body(cast("BinaryIO", self.rfile), self.headers)
         with self.server.working(self.connection) as taken:
             if taken:
                 self._work(body)
@@ -153,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             body.drain()  # who is still sending does not listen yet
-            text = str(error) if isinstance(error, LayerfsError) else f"a fault in layerfs: {error!r}"
+            text = str(told(error) or f"a fault in layerfs: {error!r}")
             self._answer({"Err": text}, 500 if name == "Diff" else 200)
         else:
             self.server.requests.done(name, subject, time.perf_counter() - start)
@@ -225,7 +232,7 @@ def _json(body: _Body) -> dict[str, Any]:
 class _Body(io.RawIOBase):
     """The body of a request: of a length that was told, or in chunks (RFC 9112)."""
 
-    def __init__(self, stream: BinaryIO, headers: Mapping[str, str]) -> None:
+    def __init__(self, stream: BinaryIO, headers: Message) -> None:
         self._stream = stream
         self._chunked = headers.get("Transfer-Encoding", "").lower() == "chunked"
         length = headers.get("Content-Length", "0")

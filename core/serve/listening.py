@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import selectors
 import signal
@@ -11,18 +12,27 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 from layerfs import signals
 from layerfs.errors import AlreadyExists, InvalidArgument, refused
+
+log = logging.getLogger("layerfs.serve")
 
 _FIRST_HANDED_OVER: Final = 3  # sd_listen_fds(3)
 _LONGEST: Final = 107  # bytes of a path in struct sockaddr_un
 _APART: Final = len("/.12345678/s")
 _CHUNK: Final = 1 << 16
+_CLOSED: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
+_PAUSE: Final = 0.1
+"""Seconds after which a connection is accepted that could not be."""
+
+LAST: Final = 10.0
+"""Seconds that requests have to end after they were broken off; with what they had before, less than systemd gives."""
 
 _Made = TypeVar("_Made")
 
@@ -127,6 +137,16 @@ def stop_signals() -> Iterator[Callable[[], None]]:
             signal.set_wakeup_fd(fd_before)
 
 
+def break_off() -> NoReturn:
+    """End the process at once, for requests that do not end; the next start sees to what they leave, as after a crash.
+
+    The store must not be closed under them: others would take what they are at work on for left.
+    """
+    log.warning("stopped; requests that did not end are broken off")
+    logging.shutdown()
+    os._exit(1)
+
+
 class Relay:
     """Passes what comes in at a listening socket on to the socket at ``path``: gRPC cannot take one that is open."""
 
@@ -140,8 +160,13 @@ class Relay:
 
     def _accept(self) -> None:
         while True:
-            client, _ = self._listening.accept()
-            threading.Thread(target=self._pass_on, args=(client,), daemon=True, name="relay").start()
+            try:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._pass_on, args=(client,), daemon=True, name="relay").start()
+            except (OSError, RuntimeError) as error:  # the latter where no thread can be started
+                if isinstance(error, OSError) and error.errno in _CLOSED:
+                    return
+                time.sleep(_PAUSE)  # too many files are open, or memory is short, for now; or the client has gone
 
     def _pass_on(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as server:

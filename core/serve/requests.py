@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from layerfs.errors import InvalidArgument, LayerfsError
+from layerfs.errors import InvalidArgument, told
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
@@ -36,14 +36,15 @@ class Requests:
 
     def failed(self, method: str, subject: str, seconds: float, error: Exception) -> None:
         """A request was refused, or met a fault in layerfs, whose traceback is logged."""
-        if isinstance(error, LayerfsError):
-            text = " ".join(str(error).split())
-            log.info("%s %r %.1f ms %s: %s", method, subject, seconds * 1000, type(error).__name__, text)
+        known = told(error)
+        if known is not None:
+            text = " ".join(str(known).split())
+            log.info("%s %r %.1f ms %s: %s", method, subject, seconds * 1000, type(known).__name__, text)
         else:
             log.error("%s %r: a fault in layerfs", method, subject, exc_info=error)
         self._count(method, seconds)
         if self._failures is not None:
-            self._failures.labels(method, type(error).__name__).inc()
+            self._failures.labels(method, type(known or error).__name__).inc()
 
     def _count(self, method: str, seconds: float) -> None:
         if self._seconds is not None:

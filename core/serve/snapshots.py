@@ -220,7 +220,7 @@ def _subject(request: Message) -> str:
 
 def _refuse(context: grpc.ServicerContext, error: Exception) -> None:
     """End a request with the code that fits. `abort` raises what gRPC takes for the end."""
-    if isinstance(error, LayerfsError):
-        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), grpc.StatusCode.UNKNOWN)
-        context.abort(code, str(error)[:_LONGEST])
+    if (known := errors.told(error)) is not None:
+        code = next((code for kind, code in _CODES.items() if isinstance(known, kind)), grpc.StatusCode.UNKNOWN)
+        context.abort(code, str(known)[:_LONGEST])
     context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error} (a fault in layerfs)"[:_LONGEST])
