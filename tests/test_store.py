@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from layerfs.layer import Kind
 from layerfs.store import Store
 from layerfs.testing.images import sha256, tar_of
 from layerfs.testing.stores import committed, keys
+from layerfs.testing.trees import read_tree
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; see test_rootless.py")
 
@@ -305,6 +307,58 @@ def test_archives_that_need_their_parents_are_applied_to_the_whole_tree(store: S
             assert (root / "dir").stat().st_mode & 0o777 == 0o750
             assert sorted(os.listdir(root / "dir")) == ["f", "g"]
         store.remove("work")
+
+
+def _changed_by_hand(root: Path) -> None:
+    """Deletions, directories made again, files and links in the place of directories, and a new root."""
+    (root / "etc/a").unlink()
+    for name in ("again", "file", "link"):
+        shutil.rmtree(root / name)
+    (root / "again").mkdir()
+    (root / "again/new").touch()
+    (root / "file").write_text("a file now")
+    (root / "link").symlink_to("etc")
+    (root / "kept").rename(root / "etc/moved")
+    root.chmod(0o711)
+
+
+@pytest.mark.parametrize("driver", ["overlay2", "aufs", "btrfs"])
+@pytest.mark.parametrize(
+    "archive",
+    [
+        tar_of({"etc": None, "etc/a": b"again", "etc/.wh.b": b""}),
+        tar_of({"etc/c": b"one more"}),
+        tar_of({"again": None, "again/.wh..wh..opq": b"", "again/x": b"x"}),
+        tar_of({"again/.wh.new": b"", "again/y": b"y", ".wh.kept": b""}),
+        tar_of({"file": None, "file/x": b"x", "link/y": b"y"}),
+        tar_of({"kept": b"k", "etc/.wh.moved": b"", "link": None, "link/z": b"z"}),
+        tar_of({".wh.again": b"", ".wh.file": b"", ".wh.link": b""}),
+        tar_of({"again/a": b"", ".wh..wh..opq": b""}),
+    ],
+)
+def test_an_archive_goes_on_top_of_what_was_changed_in_a_layer(
+    make_store: MakeStore, driver: str, archive: bytes
+) -> None:
+    members: dict[str, bytes | None] = {"etc": None, "etc/a": b"a", "etc/b": b"b", "kept": b"kept"}
+    for name in ("again", "file", "link"):
+        members |= {name: None, f"{name}/x": b"old", f"{name}/y": b"old"}
+    trees = []
+    for number, name in enumerate((driver, "vfs")):
+        store = make_store(name, f"store {number}")
+        store.prepare("base work")
+        store.apply("base work", io.BytesIO(tar_of(members)))
+        store.commit("base", "base work")
+        store.prepare("work", "base")
+        with store.mounted("work") as root:
+            _changed_by_hand(root)
+        store.apply("work", io.BytesIO(archive))
+        changes = {(change.kind, change.path) for change in store.changes("work")}
+        store.commit("top", "work")
+        assert store.check() == []
+        store.view("look", "top")
+        with store.mounted("look") as root:
+            trees.append((read_tree(root, times=False), changes))
+    assert trees[0] == trees[1]
 
 
 def test_a_bad_archive_leaves_the_layer_as_it_was(store: Store) -> None:
