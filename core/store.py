@@ -329,7 +329,7 @@ class Store:
         return self._checker().collect()
 
     def _checker(self) -> Check:
-        return Check(self._session, self._mounting, self._recovery, self._transfer, self.images)
+        return Check(self._session, self._mounting, self._settling, self._recovery, self._transfer, self.images)
 
     def _numbered(self, row: Row) -> Layer:
         now = self._database.numbered(row.number)
