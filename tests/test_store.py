@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -260,6 +260,27 @@ def test_a_layer_that_was_written_to_after_an_apply_has_another_diff(store: Stor
     assert store.check() == []
     out = io.BytesIO()
     assert store.diff("base", out).diff_id == layer.diff_id == sha256(out.getvalue())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_asks_for_mounts_during_a_commit_does_not_take_its_diff_id_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    store.prepare("work")
+    store.apply("work", io.BytesIO(BASE))
+    if not known:
+        store.mounts("work")
+    seal = store.driver.seal
+
+    def asked(volume: str, parents: Sequence[str]) -> None:
+        store.mounts("work")
+        seal(volume, parents)
+
+    monkeypatch.setattr(store.driver, "seal", asked)
+    layer = store.commit("base", "work")
+    assert layer.diff_id == store.diff("base", io.BytesIO()).diff_id != ""
+    assert (layer.diff_id == sha256(BASE)) == known
+    assert store.check() == []
 
 
 def test_two_archives_in_one_layer_have_a_diff_of_their_own(store: Store) -> None:
