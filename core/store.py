@@ -300,7 +300,8 @@ class Store:
         """Make the committed layers of an image, bottom up, under their chain IDs; those that are there stay.
 
         Raises `BadLayer` (an archive is bad, or its diff ID is another), `AlreadyExists` (a layer of another content
-        has the key), `OutOfSpace`. None of the layers is made then.
+        has the key), `Damaged` (one that is there is in doubt, see `Sync`), `OutOfSpace`. None of the layers is made
+        then.
         """
         self._unpacking.unpack(layers, devices=devices)
 

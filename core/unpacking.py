@@ -24,7 +24,7 @@ from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
 from layerfs.session import Session, named
-from layerfs.settling import Settling
+from layerfs.settling import Settling, check_written_out
 
 _WORKERS: Final = 4
 """More unpack at once only where there are more processors; each has a thread beside it that decompresses."""
@@ -86,6 +86,7 @@ class Unpacking:
             return None
         if row.kind is not Kind.COMMITTED or row.layer.chain_id != layer.chain_id or row.state is not State.READY:
             raise AlreadyExists(f"the key {layer.chain_id!r} is taken by a layer that is not the image's; remove it")
+        check_written_out(self._database, row)
         return row
 
     def _fillings(

@@ -18,6 +18,7 @@ from layerfs.errors import Damaged, LayerfsError
 from layerfs.settling import Settling, Sync
 from layerfs.store import Store
 from layerfs.testing.engines import wait_until
+from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -155,6 +156,20 @@ def test_a_diff_id_shows_what_was_lost(make_store: MakeStore) -> None:
     assert [finding.repaired for finding in findings] == [False]
     with pytest.raises(Damaged):
         store.prepare("child", "base")
+
+
+def test_no_image_is_imported_onto_a_layer_in_doubt(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store("vfs")
+    tars = [tar_of({"a": b"a"}), tar_of({"b": b"b"})]
+    for number in (1, 2):
+        MadeLayout(tmp_path / f"{number}").add(MadeImage(tars[:number]), f"v{number}")
+    store.images.import_(tmp_path / "1")
+    crash(store)
+    with pytest.raises(Damaged, match=r"just before the machine went down.*layerfs check"):
+        store.images.import_(tmp_path / "2")
+    assert [image.name for image in store.images.list()] == ["v1"]
+    assert store.check() == []
+    store.images.import_(tmp_path / "2")
 
 
 def test_a_diff_id_does_not_stand_in_for_the_writing_out(
