@@ -393,7 +393,9 @@ def test_source_date_epoch_limits_times(cli: Cli, place: Path) -> None:
         times = {member.name: member.mtime for member in tar}
     assert times.pop(".") == 0  # an archive without an entry for the root leaves it as old as can be
     assert set(times.values()) == {1_000_000_000}
-    cli("diff", "work", "-o", place / "out.tar", code=2, SOURCE_DATE_EPOCH="yesterday")
+    for bad in ("yesterday", "-1", "1.5", "9" * 30, "9" * 5000):
+        cli("diff", "work", "-o", place / "out.tar", code=2, SOURCE_DATE_EPOCH=bad)
+        assert "SOURCE_DATE_EPOCH" in cli.said
 
 
 def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 
 import click
 
-from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs, source_date_epoch
+from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs
 from layerfs.cli.namespace import require_lasting_mounts
 from layerfs.cli.output import ago, byte_progress, one_line, print_json, print_table, printable, size_text
 from layerfs.driver import ChangeKind, Mount
+from layerfs.epoch import source_date_epoch
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound, refused
 from layerfs.layer import Kind, Layer
 
