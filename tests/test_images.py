@@ -344,6 +344,30 @@ def test_an_unmodified_image_goes_out_as_it_came_in(
         assert manifest["annotations"] == {"kept": "yes"}
 
 
+def test_a_folder_keeps_another_image_of_the_same_tag(overlay: Store, tmp_path: Path) -> None:
+    names = ["example.com/one:v1", "example.com/two:v1", "example.com/one:v1"]
+    for number, name in enumerate(names):
+        change(overlay, "", name, b"%d" % number)
+        overlay.images.export(name, tmp_path / "out")
+        overlay.remove(name)
+    index = json.loads((tmp_path / "out/index.json").read_bytes())
+    references = [item["annotations"]["org.opencontainers.image.ref.name"] for item in index["manifests"]]
+    assert references == ["example.com/two:v1", "v1"]  # one alone may have the tag
+    assert [image.name for image in overlay.images.import_(tmp_path / "out")] == names[1:]
+    with overlay.mounted(_work(overlay, "example.com/one:v1")) as path:
+        assert (path / "added").read_bytes() == b"2"
+
+
+def test_an_image_that_could_not_be_told_from_another_is_not_exported(overlay: Store, tmp_path: Path) -> None:
+    change(overlay, "", "example.com/one:v1", b"1")
+    change(overlay, "", "v1", b"2")
+    overlay.images.export("example.com/one:v1", tmp_path / "out")
+    before = (tmp_path / "out/index.json").read_bytes()
+    with pytest.raises(FailedPrecondition, match=r"another image .*'v1'.*another folder"):
+        overlay.images.export("v1", tmp_path / "out")
+    assert (tmp_path / "out/index.json").read_bytes() == before
+
+
 def change(store: Store, parent: str, name: str, content: bytes, *, measured: bool = False) -> None:
     """Commit a layer on ``parent`` that adds a file and deletes another."""
     store.prepare("work", parent)
