@@ -223,18 +223,20 @@ class Store:
 
     # Mounts
 
-    def mounts(self, key: str) -> builtins.list[Mount]:
+    def mounts(self, key: str, *, read_only: bool = False) -> builtins.list[Mount]:
         """The mounts that show a layer that is active or a view, without mounting anything.
 
-        An engine that mounts them itself may write to an active layer; a diff ID that was known is forgotten.
+        An engine that mounts them itself may write to an active layer; a diff ID that was known is forgotten, unless
+        the mounts are ``read_only``, as a view's are always.
+
         Raises `NotFound`, `InvalidArgument` (it is committed).
         """
         row = self._session.visible(key)
         if row.kind is Kind.COMMITTED:
             raise InvalidArgument(f"the layer {key!r} is committed and has no mounts; make a view of it")
-        if row.kind is Kind.ACTIVE:
+        if row.kind is Kind.ACTIVE and not read_only:
             self._session.forget_diff(row)
-        return self._mounting.described(row)
+        return self._mounting.described(row, read_only=read_only)
 
     def mount(self, key: str, target: Path | None = None) -> Path:
         """Mount a layer, at ``target`` or at a place in the store, and return where. It stays after `close`.

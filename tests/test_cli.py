@@ -385,6 +385,15 @@ def test_apply_and_diff_tell_and_keep_the_diff_id(place: Path, driver: str) -> N
         assert "usr/big" in tar.getnames()
 
 
+def test_a_look_at_a_layer_does_not_change_what_is_known_of_it(cli: Cli) -> None:
+    cli("prepare", "work")
+    cli("apply", "work", "-", feed=BASE)
+    facts = json.loads(cli("inspect", "work"))
+    assert facts["diff_id"] == f"sha256:{hashlib.sha256(BASE).hexdigest()}"
+    assert ["ro" in mount["options"] for mount in facts["mounts"]] == [True]
+    assert json.loads(cli("inspect", "work")) == facts
+
+
 def test_source_date_epoch_limits_times(cli: Cli, place: Path) -> None:
     cli("prepare", "work")
     cli("apply", "work", "-", feed=BASE)
