@@ -23,6 +23,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Final, NamedTuple
 
@@ -45,7 +46,12 @@ _CHUNK: Final = 1 << 19
 
 
 def compare(
-    old: int | None, new: int, *, unchanged: Unchanged | None = None, unchanged_attributes: bool = True
+    old: int | None,
+    new: int,
+    *,
+    unchanged: Unchanged | None = None,
+    unchanged_attributes: bool = True,
+    unchanged_places: bool = True,
 ) -> Iterator[Change]:
     """The changes from the tree ``old`` to the tree ``new``, in canonical order, by walking both.
 
@@ -53,12 +59,14 @@ def compare(
         old, new: directory descriptors; None stands for no tree at all.
         unchanged: spares attributes and content of a path from being read where it returns True.
         unchanged_attributes: False where it says nothing of the extended attributes.
+        unchanged_places: False where it says that an inode is as it was, but not which one it was. A directory can have
+            come from elsewhere then with all that is in it, and if so, it and the one that it is in now are changed.
 
     Raises `LayerfsError`, naming the path that could not be read.
     """
     if old is None:
         return itertools.chain([Change(_ADDED, b"")], _added(new, None, b""))
-    return _Comparison(old, new, unchanged, unchanged_attributes).changes()
+    return _Comparison(old, new, unchanged, unchanged_attributes, unchanged_places).changes()
 
 
 def compare_upper(
@@ -173,11 +181,19 @@ class _Links:
 class _Comparison:
     """One comparison of two trees."""
 
-    def __init__(self, old: int, new: int, unchanged: Unchanged | None, unchanged_attributes: bool = True) -> None:
+    def __init__(
+        self,
+        old: int,
+        new: int,
+        unchanged: Unchanged | None,
+        unchanged_attributes: bool = True,
+        unchanged_places: bool = True,
+    ) -> None:
         self._old = old
         self._new = new
         self._unchanged = unchanged
         self._unchanged_attributes = unchanged_attributes
+        self._unchanged_places = unchanged_places
         self._links = _Links()
 
     def changes(self) -> Iterator[Change]:
@@ -195,15 +211,22 @@ class _Comparison:
         """A directory that both trees have."""
         return self._look_everywhere(path)
 
-    def _look_everywhere(self, path: bytes) -> list[Change | _Visit]:
+    def _look_everywhere(self, path: bytes, *, moved: bool = False) -> list[Change | _Visit]:
+        """A directory that both trees have; ``moved``: it may have been elsewhere in the old one, with all in it."""
         items: list[Change | _Visit] = []
         with _reported(path), directory(self._old, path) as old, directory(self._new, path) as new:
+            takes_in = not self._unchanged_places and not self._is_unchanged(os.fstat(old), os.fstat(new))
             there, here = frozenset(names(old)), frozenset(names(new))
             for name in sorted(there | here):
                 was = _status(old, name) if name in there else None
                 now = _status(new, name) if name in here else None
-                items += self._entry(_joined(path, name), (old, was), (new, now), self._look_everywhere)
+                came = takes_in and was is not None and now is not None and not self._is_unchanged(was, now)
+                look = partial(self._look_everywhere, moved=moved or came)
+                items += self._entry(_joined(path, name), (old, was), (new, now), look, moved=moved)
         return items
+
+    def _is_unchanged(self, was: os.stat_result, now: os.stat_result) -> bool:
+        return self._unchanged is not None and self._unchanged(was, now)
 
     def _entry(
         self,
@@ -211,11 +234,13 @@ class _Comparison:
         before: tuple[int, os.stat_result | None],
         after: tuple[int, os.stat_result | None],
         look: Callable[[bytes], list[Change | _Visit]],
+        *,
+        moved: bool = False,
     ) -> Iterator[Change | _Visit]:
         """What has become of one path.
 
         ``before`` and ``after`` are its directory's descriptor and its status; ``look`` visits it where it is a
-        directory in both trees.
+        directory in both trees; ``moved``: it may have been elsewhere in the old tree.
         """
         (old, was), (new, now) = before, after
         if now is None:
@@ -225,7 +250,7 @@ class _Comparison:
             return
         is_directory = stat.S_ISDIR(now.st_mode)
         if was is not None and stat.S_IFMT(was.st_mode) == stat.S_IFMT(now.st_mode):
-            changed = self._differ(old, new, path.rpartition(b"/")[2], was, now)
+            changed = self._differ(old, new, path.rpartition(b"/")[2], was, now, moved=moved)
             if changed:
                 yield Change(_MODIFIED, path)
             if is_directory:
@@ -246,7 +271,9 @@ class _Comparison:
     def _gone(self, path: bytes, was: os.stat_result) -> None:
         """A path of the old tree that the new one does not have, or has as another type."""
 
-    def _differ(self, old: int, new: int, name: bytes, was: os.stat_result, now: os.stat_result) -> bool:
+    def _differ(
+        self, old: int, new: int, name: bytes, was: os.stat_result, now: os.stat_result, *, moved: bool = False
+    ) -> bool:
         """Whether two inodes of one type differ."""
         if (
             was.st_mtime_ns != now.st_mtime_ns
@@ -258,7 +285,7 @@ class _Comparison:
         kind = stat.S_IFMT(now.st_mode)
         if kind != stat.S_IFDIR and (was.st_size != now.st_size or was.st_rdev != now.st_rdev):
             return True
-        same = self._unchanged is not None and self._unchanged(was, now)
+        same = not moved and self._is_unchanged(was, now)
         if same and self._unchanged_attributes:
             return False
         if xattrs.read(b"/proc/self/fd/%d/%s" % (old, name)) != xattrs.read(b"/proc/self/fd/%d/%s" % (new, name)):

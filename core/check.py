@@ -9,13 +9,13 @@ from functools import partial
 
 from layerfs.database import NOBODY, Row, State
 from layerfs.driver import Problem
-from layerfs.errors import LayerfsError
+from layerfs.errors import LayerfsError, refused
 from layerfs.images import Images
 from layerfs.layer import Kind
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
 from layerfs.session import Session, named
-from layerfs.settling import boot
+from layerfs.settling import Settling, boot
 from layerfs.transfer import Transfer
 
 
@@ -47,11 +47,18 @@ class Check:
     """Looks at everything in one session's store."""
 
     def __init__(
-        self, session: Session, mounting: Mounting, recovery: Recovery, transfer: Transfer, images: Images
+        self,
+        session: Session,
+        mounting: Mounting,
+        settling: Settling,
+        recovery: Recovery,
+        transfer: Transfer,
+        images: Images,
     ) -> None:
         self._session = session
         self._database = session.database
         self._mounting = mounting
+        self._settling = settling
         self._recovery = recovery
         self._transfer = transfer
         self._images = images
@@ -127,20 +134,32 @@ class Check:
             problems = [Problem(volume, str(error))]
         for problem in problems:
             yield self._treated(row, problem, parents, repair)
+        in_doubt = self._database.is_doubtful(row.number, boot())
         if row.kind is Kind.COMMITTED and row.layer.diff_id and all(problem.repairable for problem in problems):
             try:
+                if in_doubt:
+                    self._uncache(volume, parents)
                 self._transfer.verify(row)
             except LayerfsError as error:
                 if self._is_still_there(row):
                     yield Finding("damaged", row.key, str(error))
                 return
-            self._database.settle([row.number])
-        if self._database.is_doubtful(row.number, boot()):
+            if in_doubt:  # else a mark says that its data is being written out, which this has not done
+                self._database.settle([row.number])
+        elif in_doubt:
             what = (
                 "it was committed just before the machine went down, or writing it out failed: files may be incomplete"
             )
             finding = Finding("damaged", row.key, what, True)
             yield self._repaired(finding, partial(self._database.settle, [row.number])) if repair else finding
+
+    def _uncache(self, volume: str, parents: list[str]) -> None:
+        """Have a layer read from the disk: what memory holds is not what a failed writing out has left there."""
+        self._settling.sync()
+        try:
+            self._session.driver.uncache(volume, parents)
+        except OSError as error:
+            raise refused(f"reading the volume {volume!r}", error) from error
 
     def _treated(self, row: Row, problem: Problem, parents: list[str], repair: bool) -> Finding:
         finding = Finding("damaged", row.key, problem.what, problem.repairable)

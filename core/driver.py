@@ -269,6 +269,12 @@ class Driver(ABC):
         """Defects of one volume that the backend itself can see, without reading file contents."""
         return iter(())
 
+    def uncache(self, volume: str, parents: Sequence[str]) -> None:
+        """Have what a sealed volume itself holds read anew from its backing the next time.
+
+        Memory may hold what could not be written out. Raises `LayerfsError`.
+        """
+
     def repair(self, volume: str, parents: Sequence[str]) -> None:
         """Put right what `check` called repairable."""
 

@@ -32,6 +32,8 @@ class Filling:
         make: makes the volume as it is before the archive; it is called again after the volume was removed.
         source: opens the archive; more than once only if ``repeatable``.
         record: the file that gets the tar record.
+        fresh: whether the volume changes nothing before the archive. What is in an upper directory already hides or is
+            hidden by what the archive has in ways that only the whole tree tells.
         devices, verified, progress: see `layerfs.apply.apply`.
     """
 
@@ -42,6 +44,7 @@ class Filling:
     source: Callable[[], AbstractContextManager[BinaryIO]]
     repeatable: bool
     record: Path
+    fresh: bool = True
     devices: bool = False
     verified: bool = False
     progress: Callable[[int], None] | None = None
@@ -55,7 +58,7 @@ class Filling:
         """Do what needs nothing of the parents; None where that is nothing. The volume is made."""
         if not self.parents:
             return self._to_tree()
-        upper = self.driver.upper(self.volume) if self.repeatable else None
+        upper = self.driver.upper(self.volume) if self.repeatable and self.fresh else None
         if upper is None:
             return None
         try:

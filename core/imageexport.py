@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from layerfs import layout, oci
 from layerfs.compression import Compressor
+from layerfs.epoch import source_date_epoch
 from layerfs.errors import Damaged, InvalidArgument
 from layerfs.layer import Layer
 
@@ -57,16 +57,6 @@ def reference(name: str) -> str:
     return next((text for text in (tag, name) if _REF.fullmatch(text)), "latest")
 
 
-def source_date_epoch() -> int | None:
-    """The seconds that the environment's ``SOURCE_DATE_EPOCH`` gives for times. Raises `InvalidArgument`."""
-    text = os.environ.get("SOURCE_DATE_EPOCH", "")
-    if not text:
-        return None
-    if not re.fullmatch(r"[0-9]{1,11}", text):
-        raise InvalidArgument(f"SOURCE_DATE_EPOCH is {text!r}; it has to be seconds since 1970")
-    return int(text)
-
-
 class Exporter:
     """Writes one image to ``target``.
 
@@ -95,7 +85,8 @@ class Exporter:
             meter = _Meter(self._store, content.layers, self._progress)
             expected = [*content.diff_ids, *("" for _ in content.layers[len(content.diff_ids) :])]
             for layer, diff_id in zip(content.layers, expected, strict=True):
-                known = diff_id or layer.diff_id
+                # The times in a new layer may be later than the epoch, and its diff ID another than the store's then.
+                known = diff_id or (layer.diff_id if self._epoch is None else "")
                 if known not in written:
                     descriptor, known = self._write_layer(out, layer, known, meter)
                     written[known] = descriptor
@@ -117,8 +108,7 @@ class Exporter:
         def write(blob: BinaryIO) -> None:
             nonlocal found
             with Compressor(blob, self._compression) as compressor:
-                # A diff ID that is known already is of a diff whose times were not changed.
-                epoch = None if expected else self._epoch
+                epoch = None if expected else self._epoch  # what is known already was written without
                 found = self._store.diff(layer.key, meter.through(layer, compressor), source_date_epoch=epoch).diff_id
             if expected and found != expected:
                 raise Damaged(f"the layer {layer.key!r} has the diff ID {found}, but should have {expected}")

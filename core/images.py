@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -175,6 +176,10 @@ class Images:
             if row is None:
                 raise NotFound(f"there is no image {name!r}")
             return self._blobs.get(row.manifest_digest), self._blobs.get(row.config_digest)
+
+    def coming(self) -> AbstractContextManager[None]:
+        """Within the context, layers that came with an image are no garbage though no image has them yet."""
+        return self._blobs.locked()
 
     def put(self, name: str, manifest: bytes, config: bytes) -> Image:
         """Give an image a name whose layers the store has already.

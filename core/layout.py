@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
@@ -134,7 +135,11 @@ class LayoutWriter(ABC):
 
     @abstractmethod
     def finish(self, manifest: oci.Descriptor) -> None:
-        """Show the image in the index, in the place of one with the same ``ref.name`` annotation."""
+        """Show the image in the index, in the place of one with the same name; see `oci.name_of`.
+
+        Where another has the same ``ref.name``, as tags are, it gets its whole name for that. Raises
+        `FailedPrecondition` where it has none or that is taken too.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -212,12 +217,19 @@ class _FolderWriter(LayoutWriter):
 
     def finish(self, manifest: oci.Descriptor) -> None:
         path = self._path / _INDEX
-        name = manifest.annotations.get(oci.REF_NAME)
+        name = oci.name_of(manifest.annotations)
         with _step(f"write {path}"), self._locked():
             data = path.read_bytes()
             oci.parse_index(data, str(path))
             document = oci.parse_json(data, str(path))  # what others wrote into it is kept as it is
-            others = [item for item in document["manifests"] if _ref_name(item) != name]
+            others = [item for item in document["manifests"] if oci.name_of(_annotations(item)) != name]
+            taken = {_annotations(item).get(oci.REF_NAME) for item in others}
+            if (reference := manifest.annotations[oci.REF_NAME]) in taken:
+                if name in taken:
+                    raise FailedPrecondition(
+                        f"{self._path} has another image with the reference {reference!r}; name another folder"
+                    )
+                manifest = replace(manifest, annotations={**manifest.annotations, oci.REF_NAME: name})
             document["manifests"] = [*others, manifest.document()]
             self._replace(path, oci.dump(document))
 
@@ -278,8 +290,8 @@ class _ArchiveWriter(LayoutWriter):
             os.unlink(self._file.name)
 
 
-def _ref_name(item: dict[str, Any]) -> object:
-    return (item.get("annotations") or {}).get(oci.REF_NAME)
+def _annotations(item: dict[str, Any]) -> dict[str, str]:
+    return item.get("annotations") or {}
 
 
 def _sync(file: BinaryIO) -> None:

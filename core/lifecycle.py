@@ -12,7 +12,6 @@ from layerfs.database import Row, State, checked_text, encoded
 from layerfs.driver import Capability
 from layerfs.errors import (
     AlreadyExists,
-    Damaged,
     EnvironmentUnfit,
     FailedPrecondition,
     InvalidArgument,
@@ -22,7 +21,7 @@ from layerfs.layer import Kind, Layer
 from layerfs.mounting import Mounting
 from layerfs.recovery import Recovery
 from layerfs.session import Session
-from layerfs.settling import boot
+from layerfs.settling import boot, check_written_out
 from layerfs.transfer import Transfer
 
 _REMOVED: Final = " (removed "
@@ -171,11 +170,7 @@ class Lifecycle:
             raise NotFound(f"there is no layer or image {name!r} to be a parent")
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"the layer {name!r} is {row.kind}; only a committed layer can be a parent")
-        if self._database.is_doubtful(row.number, boot()):
-            raise Damaged(
-                f"the layer {name!r} was committed just before the machine went down, or writing it out failed, and "
-                "its files may be incomplete; unpack it again, or accept it as it is with `layerfs check --repair`"
-            )
+        check_written_out(self._database, row)
         return row.number
 
     def _check_free(self, key: str) -> None:

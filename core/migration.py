@@ -36,12 +36,13 @@ def migrate(source: Store, target: Store, progress: Progress | None = None) -> N
     """
     check_apart(source.root, target.root)
     layers = list(source.list())
-    for done, layer in enumerate(layers):
-        if progress is not None:
-            progress(done, len(layers), layer.key)
-        _copy(source, target, layer)
-    for image in source.images.list():
-        target.images.put(image.name, *source.images.documents(image.name))
+    with target.images.coming():
+        for done, layer in enumerate(layers):
+            if progress is not None:
+                progress(done, len(layers), layer.key)
+            _copy(source, target, layer)
+        for image in source.images.list():
+            target.images.put(image.name, *source.images.documents(image.name))
     if progress is not None:
         progress(len(layers), len(layers), "checking")
     if wrong := target.check():

@@ -35,10 +35,10 @@ class Mounting:
         self._session = session
         self._database = session.database
 
-    def described(self, row: Row) -> list[Mount]:
+    def described(self, row: Row, *, read_only: bool = False) -> list[Mount]:
         """The mounts that show a layer, for whoever mounts it."""
         volume, parents = self._session.volumes(row)
-        return self._session.driver.mounts(volume, parents, read_only=row.kind is not Kind.ACTIVE)
+        return self._session.driver.mounts(volume, parents, read_only=read_only or row.kind is not Kind.ACTIVE)
 
     def mount(self, key: str, target: Path | None) -> Path:
         """Add a user that stays until `unmount`."""

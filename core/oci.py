@@ -210,6 +210,11 @@ def _check_kind(document: Mapping[str, Any], allowed: set[str], what: str) -> No
         raise BadLayer(f"{what} is an index and a manifest at once")
 
 
+def name_of(annotations: Mapping[str, str]) -> str:
+    """The name of an image by its annotations in an index, as whole as they have it; ``""`` if it has none."""
+    return annotations.get(FULL_NAME) or annotations.get(REF_NAME) or ""
+
+
 def parse_index(data: bytes, what: str) -> tuple[Descriptor, ...]:
     """The descriptors of an index (or of Docker's manifest list). Raises `BadLayer`."""
     document = parse_json(data, what)

@@ -18,7 +18,7 @@ def find(layout: Layout) -> list[Candidate]:
     """Every image of a layout. Manifests of one name are one image for several platforms. Raises `BadLayer`."""
     groups: dict[str, list[oci.Descriptor]] = {}
     for item in oci.parse_index(layout.index(), f"{layout.name}: index.json"):
-        name = item.annotations.get(oci.FULL_NAME) or item.annotations.get(oci.REF_NAME) or ""
+        name = oci.name_of(item.annotations)
         groups.setdefault(name, []).append(item)
     named = {item.digest for name, items in groups.items() if name for item in items}
     # What has a name elsewhere in the index needs no second one.

@@ -13,6 +13,7 @@ from layerfs.backing import Backing
 from layerfs.database import NOBODY, Database, Row, State
 from layerfs.driver import Driver
 from layerfs.errors import FailedPrecondition, LayerfsError, NotFound, told
+from layerfs.layer import Kind
 from layerfs.locks import LockFile
 from layerfs.reserve import Reserve
 
@@ -130,11 +131,18 @@ class Session:
         self.database.change(layer, **values)
 
     def forget_diff(self, row: Row) -> None:
-        """Forget the diff ID of an active layer, and its record: it may be written to from now on."""
-        if row.layer.diff_id:
-            assert row.volume is not None
-            self.database.change(row.number, diff_id="", diff_size=0, diff_entries=0, record="")
-            self.record(row.volume).unlink(missing_ok=True)
+        """Forget the diff ID of an active layer, and its record: it may be written to from now on.
+
+        Not where a commit of it has begun meanwhile: nobody may write to it then, and the diff ID is the commit's.
+        """
+        if not row.layer.diff_id:
+            return
+        with self.database.transaction():
+            now = self.database.numbered(row.number)
+            if now is not None and now.kind is Kind.ACTIVE and now.new_key is None:
+                assert row.volume is not None
+                self.database.change(row.number, diff_id="", diff_size=0, diff_entries=0, record="")
+                self.record(row.volume).unlink(missing_ok=True)
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from layerfs.errors import refused
+from layerfs.database import Database, Row
+from layerfs.errors import Damaged, refused
 from layerfs.kernel.libc import check, libc
 from layerfs.session import Session, log, log_failure
 
@@ -127,6 +128,16 @@ class Settling:
             self._closing.wait(_PAUSE)
             self._some.clear()
             self.try_to_settle()
+
+
+def check_written_out(database: Database, row: Row) -> None:
+    """Refuse a layer that is in doubt (`Damaged`): nothing is to be built on it."""
+    if database.is_doubtful(row.number, boot()):
+        raise Damaged(
+            f"the layer {row.key!r} was committed just before the machine went down, or writing it out failed, and its "
+            "files may be incomplete; `layerfs check` verifies it by its diff ID, `layerfs check --repair` accepts a "
+            "layer without one as it is"
+        )
 
 
 @cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from os import stat_result
 from pathlib import Path
 
+from layerfs import mounts, walk
 from layerfs.changes import compare
 from layerfs.driver import Change, Driver, Mount
 
@@ -35,3 +36,7 @@ class SnapshotDriver(Driver):
     def changes(self, volume: str, parents: Sequence[str], old: int | None, new: int) -> Iterator[Change]:
         known = None if old is None else self.unchanged(volume, parents)
         yield from compare(old, new, unchanged=known)
+
+    def uncache(self, volume: str, parents: Sequence[str]) -> None:
+        with mounts.opened(self.mounts(volume, parents, read_only=True)) as tree:
+            walk.uncache(tree)

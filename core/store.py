@@ -223,18 +223,20 @@ class Store:
 
     # Mounts
 
-    def mounts(self, key: str) -> builtins.list[Mount]:
+    def mounts(self, key: str, *, read_only: bool = False) -> builtins.list[Mount]:
         """The mounts that show a layer that is active or a view, without mounting anything.
 
-        An engine that mounts them itself may write to an active layer; a diff ID that was known is forgotten.
+        An engine that mounts them itself may write to an active layer; a diff ID that was known is forgotten, unless
+        the mounts are ``read_only``, as a view's are always.
+
         Raises `NotFound`, `InvalidArgument` (it is committed).
         """
         row = self._session.visible(key)
         if row.kind is Kind.COMMITTED:
             raise InvalidArgument(f"the layer {key!r} is committed and has no mounts; make a view of it")
-        if row.kind is Kind.ACTIVE:
+        if row.kind is Kind.ACTIVE and not read_only:
             self._session.forget_diff(row)
-        return self._mounting.described(row)
+        return self._mounting.described(row, read_only=read_only)
 
     def mount(self, key: str, target: Path | None = None) -> Path:
         """Mount a layer, at ``target`` or at a place in the store, and return where. It stays after `close`.
@@ -300,8 +302,8 @@ class Store:
         """Make the committed layers of an image, bottom up, under their chain IDs; those that are there stay.
 
         Raises `BadLayer` (an archive is bad, or its diff ID is another), `AlreadyExists` (a layer of another content
-        has the key), `FailedPrecondition` (a layer that they stand on was removed meanwhile), `OutOfSpace`. None of the
-        layers is made then.
+        has the key), `FailedPrecondition` (a layer that they stand on was removed meanwhile), `Damaged` (one that is
+        there is in doubt, see `Sync`), `OutOfSpace`. None of the layers is made then.
         """
         self._unpacking.unpack(layers, devices=devices)
 
@@ -330,7 +332,7 @@ class Store:
         return self._checker().collect()
 
     def _checker(self) -> Check:
-        return Check(self._session, self._mounting, self._recovery, self._transfer, self.images)
+        return Check(self._session, self._mounting, self._settling, self._recovery, self._transfer, self.images)
 
     def _numbered(self, row: Row) -> Layer:
         now = self._database.numbered(row.number)

@@ -100,6 +100,7 @@ class Transfer:
             assert row.volume is not None
             driver, me = self._session.driver, self._session.number
             source, parents = self._session.volumes(row)
+            fresh = not self._has_content(row)
             copy = self._database.new_volume(me)
             filling = Filling(
                 driver,
@@ -109,14 +110,14 @@ class Transfer:
                 source=_again(stream),
                 repeatable=_seekable(stream),
                 record=self._session.record(copy),
+                fresh=fresh,
                 devices=devices,
                 verified=verified,
                 progress=progress,
             )
             try:
-                # The archive is the layer's diff only where the layer held nothing before.
-                fresh = not self._has_content(row)
                 applied = filling.fill()
+                # The archive is the layer's diff only where the layer held nothing before.
                 shape = filling.shape() if fresh else ""
             except BaseException:
                 self._session.discard(copy)

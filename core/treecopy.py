@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from layerfs import xattrs
 from layerfs.errors import FailedPrecondition
+from layerfs.kernel import xattr
 from layerfs.kernel.clone import reflink
 from layerfs.kernel.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
@@ -271,11 +272,7 @@ def _listed(file: int | str) -> list[str]:
 def _xattrs(file: int | str) -> dict[str, bytes]:
     """All extended attributes of a descriptor, or of a name whose last part is not followed."""
     keys = _listed(file)
-    if not keys:
-        return {}
-    if isinstance(file, int):
-        return {key: os.getxattr(file, key) for key in keys}
-    return {key: os.getxattr(file, key, follow_symlinks=False) for key in keys}
+    return {key: xattr.get(file, key, follow_symlinks=False) for key in keys}
 
 
 def _set_xattr(file: int | str, key: str, value: bytes) -> None:

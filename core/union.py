@@ -20,7 +20,7 @@ from layerfs.errors import Damaged, refused
 from layerfs.kernel import quota
 from layerfs.treecopy import copy_attributes, copy_tree, remove_tree
 from layerfs.volume_dirs import VolumeDirs, opened
-from layerfs.walk import disk_usage
+from layerfs.walk import disk_usage, uncache
 
 UPPER, WORK = "u", "w"
 _EMPTY = "e"
@@ -183,6 +183,10 @@ class UnionDriver(Driver):
         for name in (volume, *parents):
             if not self.upper_path(name).is_dir():
                 yield Problem(volume, f"the directory {str(self.upper_path(name))!r} is missing")
+
+    def uncache(self, volume: str, parents: Sequence[str]) -> None:  # noqa: ARG002
+        with opened(self.upper_path(volume)) as upper:
+            uncache(upper)
 
     def upper_path(self, volume: str) -> Path:
         return self._dirs.path(volume) / UPPER

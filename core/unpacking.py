@@ -24,7 +24,7 @@ from layerfs.filling import Filling
 from layerfs.layer import Kind
 from layerfs.locks import content_byte
 from layerfs.session import Session, named
-from layerfs.settling import Settling
+from layerfs.settling import Settling, check_written_out
 
 _WORKERS: Final = 4
 """More unpack at once only where there are more processors; each has a thread beside it that decompresses."""
@@ -90,6 +90,7 @@ class Unpacking:
             return None
         if row.kind is not Kind.COMMITTED or row.layer.chain_id != layer.chain_id or row.state is not State.READY:
             raise _taken(layer)
+        check_written_out(self._database, row)
         return row
 
     def _is_gone(self, base: Row) -> bool:

@@ -1,4 +1,4 @@
-"""Walking a tree by directory descriptors, and what can be said of a whole tree after it: how much it occupies."""
+"""Walking a tree by directory descriptors, and two things that need it: how much a tree occupies, and its uncaching."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ def walk(root: int) -> Iterator[tuple[bytes, int, list[os.DirEntry[str]]]]:
             yield path, fd, entries
             prefix = path and path + b"/"  # while fd is open: where a directory's entries have no types, they are asked
             todo += [prefix + os.fsencode(e.name) for e in entries if e.is_dir(follow_symlinks=False)]
+
+
+def uncache(root: int) -> None:
+    """Drop the files below the directory ``root`` from the page cache, but for what is still to be written out.
+
+    Raises `OSError`.
+    """
+    for _, fd, entries in walk(root):
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                file = os.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(file)
 
 
 def disk_usage(root: int) -> Usage:

@@ -11,6 +11,8 @@ import errno
 import os
 from typing import Final
 
+from layerfs.kernel import xattr
+
 CAPABILITY: Final = "security.capability"
 
 _KEPT: Final = frozenset((CAPABILITY, "system.posix_acl_access", "system.posix_acl_default"))
@@ -43,7 +45,7 @@ def read(file: int | bytes) -> dict[str, bytes]:
         raise
     if not names:
         return {}
-    found = {name: os.getxattr(file, name, follow_symlinks=follow) for name in sorted(filter(kept, names))}
+    found = {name: xattr.get(file, name, follow_symlinks=follow) for name in sorted(filter(kept, names))}
     if CAPABILITY in found:
         found[CAPABILITY] = _unbound(found[CAPABILITY])
     return found

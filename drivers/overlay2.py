@@ -32,6 +32,7 @@ from layerfs import mounts
 from layerfs.apply import NeedsParents
 from layerfs.driver import Capability, Mount, Probe, Problem, Whiteouts
 from layerfs.errors import Damaged, EnvironmentUnfit, InvalidArgument, LayerfsError, refused
+from layerfs.kernel import xattr
 from layerfs.kernel.handles import file_handle
 from layerfs.kernel.libc import check as checked
 from layerfs.kernel.libc import libc
@@ -164,7 +165,7 @@ class Overlay2Driver(UnionDriver):
             for file in (f"/proc/self/fd/{fd}/.", *files):
                 for key in os.listxattr(file, follow_symlinks=False):
                     # An empty origin is not about an inode: it says that a directory may hold whiteouts.
-                    if key in notes and os.getxattr(file, key, follow_symlinks=False):
+                    if key in notes and xattr.get(file, key, follow_symlinks=False):
                         os.removexattr(file, key, follow_symlinks=False)
 
     def check(self, volume: str, parents: Sequence[str]) -> Iterator[Problem]:
@@ -324,7 +325,7 @@ def _escaped(path: Path) -> str:
 def _attribute(file: int | bytes, key: str) -> bytes | None:
     """An extended attribute of a descriptor, or of a path that is not followed; None where there is none."""
     try:
-        return os.getxattr(file, key) if isinstance(file, int) else os.getxattr(file, key, follow_symlinks=False)
+        return xattr.get(file, key, follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOENT, errno.EPERM):
             return None

@@ -19,7 +19,8 @@ from types import MappingProxyType
 
 from layerfs import project_limits
 from layerfs.beneath import directory
-from layerfs.driver import Capability, Probe, Problem, Usage
+from layerfs.changes import compare
+from layerfs.driver import Capability, Change, Probe, Problem, Usage
 from layerfs.errors import Damaged, InvalidArgument, refused
 from layerfs.kernel import quota
 from layerfs.kernel.clone import reflink
@@ -125,6 +126,10 @@ class VfsDriver(SnapshotDriver):
         if Capability.SIZE_LIMIT not in self.capabilities:
             raise project_limits.refuse(self.name)
         project_limits.set_limit(self._dirs.path(volume), size)
+
+    def changes(self, volume: str, parents: Sequence[str], old: int | None, new: int) -> Iterator[Change]:
+        known = None if old is None else self.unchanged(volume, parents)
+        yield from compare(old, new, unchanged=known, unchanged_places=False)
 
     def check(self, volume: str, parents: Sequence[str]) -> Iterator[Problem]:  # noqa: ARG002
         if not self.tree_path(volume).is_dir():

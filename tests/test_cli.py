@@ -385,6 +385,15 @@ def test_apply_and_diff_tell_and_keep_the_diff_id(place: Path, driver: str) -> N
         assert "usr/big" in tar.getnames()
 
 
+def test_a_look_at_a_layer_does_not_change_what_is_known_of_it(cli: Cli) -> None:
+    cli("prepare", "work")
+    cli("apply", "work", "-", feed=BASE)
+    facts = json.loads(cli("inspect", "work"))
+    assert facts["diff_id"] == f"sha256:{hashlib.sha256(BASE).hexdigest()}"
+    assert ["ro" in mount["options"] for mount in facts["mounts"]] == [True]
+    assert json.loads(cli("inspect", "work")) == facts
+
+
 def test_source_date_epoch_limits_times(cli: Cli, place: Path) -> None:
     cli("prepare", "work")
     cli("apply", "work", "-", feed=BASE)
@@ -393,7 +402,9 @@ def test_source_date_epoch_limits_times(cli: Cli, place: Path) -> None:
         times = {member.name: member.mtime for member in tar}
     assert times.pop(".") == 0  # an archive without an entry for the root leaves it as old as can be
     assert set(times.values()) == {1_000_000_000}
-    cli("diff", "work", "-o", place / "out.tar", code=2, SOURCE_DATE_EPOCH="yesterday")
+    for bad in ("yesterday", "-1", "1.5", "9" * 30, "9" * 5000):
+        cli("diff", "work", "-o", place / "out.tar", code=2, SOURCE_DATE_EPOCH=bad)
+        assert "SOURCE_DATE_EPOCH" in cli.said
 
 
 def test_a_failed_diff_leaves_no_file_and_the_old_one_as_it_was(cli: Cli, place: Path) -> None:

@@ -289,6 +289,30 @@ def test_an_extended_header_of_many_mebibytes_is_refused(jail: Jail) -> None:
         jail.apply(archive(entry("victim", pax_headers={"comment": "x" * (2 << 20)})))
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize("count", [3, 3000])
+def test_many_extended_headers_of_one_entry_are_refused(jail: Jail, kind: bytes, count: int) -> None:
+    """Each by itself may be as long, or there may be as many."""
+    size = (2 << 20) // count
+    record = b"%d %d=" % (size, count)
+    data = record + b"x" * (size - len(record) - 1) + b"\n"
+    with pytest.raises(BadLayer, match="extended headers are too long"):
+        jail.apply(archive(*(entry("victim", data, kind) for _ in range(count)), entry("victim")))
+
+
+def test_pieces_of_a_sparse_file_in_many_extended_headers_are_refused(jail: Jail) -> None:
+    pair = b"23 GNU.sparse.offset=0\n" + b"25 GNU.sparse.numbytes=0\n"
+    headers = (entry("victim", pair * 10_000, tarfile.XHDTYPE) for _ in range(4))
+    with pytest.raises(BadLayer, match="extended headers are too long"):
+        jail.apply(archive(*headers, entry("victim")))
+
+
+def test_a_sparse_map_without_lines_is_refused_at_its_beginning(jail: Jail) -> None:
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1"}
+    with pytest.raises(BadLayer, match=r"'victim': .* a line that is no number"):
+        jail.apply(archive(entry("victim", b"1" * 100_000, pax_headers=pax)))
+
+
 def test_a_sparse_file_cannot_be_larger_than_a_file_can_be(jail: Jail) -> None:
     huge = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str((1 << 63) - 1)}
     error = jail.refusal(archive(entry("victim", b"x", pax_headers=huge)))

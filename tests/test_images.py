@@ -394,6 +394,30 @@ def test_an_unmodified_image_goes_out_as_it_came_in(
         assert manifest["annotations"] == {"kept": "yes"}
 
 
+def test_a_folder_keeps_another_image_of_the_same_tag(overlay: Store, tmp_path: Path) -> None:
+    names = ["example.com/one:v1", "example.com/two:v1", "example.com/one:v1"]
+    for number, name in enumerate(names):
+        change(overlay, "", name, b"%d" % number)
+        overlay.images.export(name, tmp_path / "out")
+        overlay.remove(name)
+    index = json.loads((tmp_path / "out/index.json").read_bytes())
+    references = [item["annotations"]["org.opencontainers.image.ref.name"] for item in index["manifests"]]
+    assert references == ["example.com/two:v1", "v1"]  # one alone may have the tag
+    assert [image.name for image in overlay.images.import_(tmp_path / "out")] == names[1:]
+    with overlay.mounted(_work(overlay, "example.com/one:v1")) as path:
+        assert (path / "added").read_bytes() == b"2"
+
+
+def test_an_image_that_could_not_be_told_from_another_is_not_exported(overlay: Store, tmp_path: Path) -> None:
+    change(overlay, "", "example.com/one:v1", b"1")
+    change(overlay, "", "v1", b"2")
+    overlay.images.export("example.com/one:v1", tmp_path / "out")
+    before = (tmp_path / "out/index.json").read_bytes()
+    with pytest.raises(FailedPrecondition, match=r"another image .*'v1'.*another folder"):
+        overlay.images.export("v1", tmp_path / "out")
+    assert (tmp_path / "out/index.json").read_bytes() == before
+
+
 def change(store: Store, parent: str, name: str, content: bytes, *, measured: bool = False) -> None:
     """Commit a layer on ``parent`` that adds a file and deletes another."""
     store.prepare("work", parent)
@@ -434,11 +458,12 @@ def test_a_committed_layer_goes_out_with_its_base_image_s_configuration(
         assert tree_of(second, back.name) == expected
 
 
+@pytest.mark.parametrize("measured", [False, True])
 def test_a_layer_without_an_image_gets_a_plain_configuration(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
-    change(store, "", "example.com/mine:v7", b"x")
+    change(store, "", "example.com/mine:v7", b"x", measured=measured)
     exported = store.images.export("example.com/mine:v7", tmp_path / "out.tar")
     with tarfile.open(tmp_path / "out.tar") as tar:
         file = tar.extractfile(f"blobs/sha256/{exported.config_digest[7:]}")
@@ -460,7 +485,7 @@ def _work(store: Store, parent: str) -> str:
 
 
 def test_the_epoch_is_checked(overlay: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("now", "-1", "1.5", "9" * 30):
+    for text in ("now", "-1", "1.5", "9" * 30, "9" * 5000):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
         with pytest.raises(InvalidArgument, match="SOURCE_DATE_EPOCH"):
             overlay.images.export("x", tmp_path / "out")

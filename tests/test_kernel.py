@@ -17,7 +17,7 @@ import pytest
 from layerfs import mounts
 from layerfs.driver import Mount
 from layerfs.errors import InvalidArgument, KernelRefused
-from layerfs.kernel import btrfs, loop, quota, userns
+from layerfs.kernel import btrfs, loop, quota, userns, xattr
 from layerfs.kernel.clone import reflink
 from layerfs.kernel.openat2 import (
     RESOLVE_BENEATH,
@@ -412,3 +412,19 @@ def test_parse_size_refuses(text: str) -> None:
 def test_format_size() -> None:
     assert format_size(3 << 29) == "1.5 GiB"
     assert parse_size(format_size(64 << 20)) == 64 << 20
+
+
+def test_an_extended_attribute_of_any_length_is_read_from_a_path_a_link_or_a_descriptor(
+    tmp_path: Path, opened: Callable[[str | Path], int]
+) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.touch()
+    link.symlink_to(path)
+    for value in (b"", b"\0\xff\0", bytes(3000)):
+        os.setxattr(path, "user.x", value)
+        assert xattr.get(path, "user.x") == value
+        assert xattr.get(link, b"user.x") == value
+        assert xattr.get(opened(path), "user.x", follow_symlinks=False) == value
+    with pytest.raises(OSError, match="link") as refused:
+        xattr.get(link, "user.x", follow_symlinks=False)
+    assert refused.value.errno in (errno.ENODATA, errno.EOPNOTSUPP)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_a_store_goes_round_all_drivers(make_store: MakeStore, tmp_path: Path) -
         assert picture(following) == expected
         assert following.check() == []
         store = following
+
+
+def test_layers_whose_image_is_still_to_come_are_no_garbage(make_store: MakeStore, tmp_path: Path) -> None:
+    one, two = make_store("overlay2", "one"), make_store("vfs", "two")
+    filled(one, tmp_path)
+    done: list[str] = []
+    collecting = threading.Thread(target=lambda: done.extend(make_store("vfs", "two").collect_garbage()))
+
+    def progress(number: int, _total: int, _key: str) -> None:
+        if number == 2:  # the layers of the image are there
+            collecting.start()
+            collecting.join(2)
+
+    migrate(one, two, progress)
+    collecting.join()
+    assert done == []
+    assert picture(two) == picture(one)
 
 
 def test_another_layer_of_the_name_and_damage_are_refused(make_store: MakeStore, tmp_path: Path) -> None:

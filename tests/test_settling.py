@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from layerfs import settling
 from layerfs.backing import Backing, BackingSpec
 from layerfs.errors import Damaged, LayerfsError
 from layerfs.settling import Settling, Sync
 from layerfs.store import Store
 from layerfs.testing.engines import wait_until
+from layerfs.testing.images import MadeImage, MadeLayout, tar_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -48,7 +50,7 @@ def filler(tmp_path: Path) -> Iterator[Path]:
     below.mkdir()
     with contextlib.ExitStack() as stack:
         run("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", below)
-        stack.callback(run, "umount", below)
+        stack.callback(run, "umount", "--lazy", below)  # another's mount namespace may hold a copy of the one in it
         with open(below / "image", "wb") as image:
             image.truncate(64 << 20)
         run("mkfs.ext4", "-q", "-O", "^has_journal", below / "image")
@@ -154,6 +156,42 @@ def test_a_diff_id_shows_what_was_lost(make_store: MakeStore) -> None:
     assert [finding.repaired for finding in findings] == [False]
     with pytest.raises(Damaged):
         store.prepare("child", "base")
+
+
+def test_no_image_is_imported_onto_a_layer_in_doubt(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store("vfs")
+    tars = [tar_of({"a": b"a"}), tar_of({"b": b"b"})]
+    for number in (1, 2):
+        MadeLayout(tmp_path / f"{number}").add(MadeImage(tars[:number]), f"v{number}")
+    store.images.import_(tmp_path / "1")
+    crash(store)
+    with pytest.raises(Damaged, match=r"just before the machine went down.*layerfs check"):
+        store.images.import_(tmp_path / "2")
+    assert [image.name for image in store.images.list()] == ["v1"]
+    assert store.check() == []
+    store.images.import_(tmp_path / "2")
+
+
+def test_a_diff_id_does_not_stand_in_for_the_writing_out(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "_PAUSE", 3600)
+    store = make_store("vfs", sync=Sync.LATER)
+    filled(store, "base", digest=True)
+    before = marks(store)
+    assert store.check() == []
+    assert marks(store) == before != []
+
+
+def test_what_could_not_be_written_out_is_not_verified_from_memory(filler: Path, tmp_path: Path) -> None:
+    with Store(tmp_path / "store", sync=Sync.LATER) as store:
+        fill(filler)
+        filled(store, "base", digest=True)
+        wait_until(lambda: [boot for _, boot in marks(store)] == [""], "writing out fails")
+        filler.unlink()
+        assert [finding.name for finding in store.check(repair=True)] == ["base"]
+        with pytest.raises(Damaged, match="writing it out failed"):
+            store.prepare("next", "base")
 
 
 def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from layerfs.layer import Kind
 from layerfs.store import Store
 from layerfs.testing.images import sha256, tar_of
 from layerfs.testing.stores import committed, keys
+from layerfs.testing.trees import read_tree
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; see test_rootless.py")
 
@@ -261,6 +263,27 @@ def test_a_layer_that_was_written_to_after_an_apply_has_another_diff(store: Stor
     assert store.diff("base", out).diff_id == layer.diff_id == sha256(out.getvalue())
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_who_asks_for_mounts_during_a_commit_does_not_take_its_diff_id_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    store.prepare("work")
+    store.apply("work", io.BytesIO(BASE))
+    if not known:
+        store.mounts("work")
+    seal = store.driver.seal
+
+    def asked(volume: str, parents: Sequence[str]) -> None:
+        store.mounts("work")
+        seal(volume, parents)
+
+    monkeypatch.setattr(store.driver, "seal", asked)
+    layer = store.commit("base", "work")
+    assert layer.diff_id == store.diff("base", io.BytesIO()).diff_id != ""
+    assert (layer.diff_id == sha256(BASE)) == known
+    assert store.check() == []
+
+
 def test_two_archives_in_one_layer_have_a_diff_of_their_own(store: Store) -> None:
     store.prepare("work")
     store.apply("work", io.BytesIO(BASE))
@@ -306,6 +329,58 @@ def test_archives_that_need_their_parents_are_applied_to_the_whole_tree(store: S
             assert (root / "dir").stat().st_mode & 0o777 == 0o750
             assert sorted(os.listdir(root / "dir")) == ["f", "g"]
         store.remove("work")
+
+
+def _changed_by_hand(root: Path) -> None:
+    """Deletions, directories made again, files and links in the place of directories, and a new root."""
+    (root / "etc/a").unlink()
+    for name in ("again", "file", "link"):
+        shutil.rmtree(root / name)
+    (root / "again").mkdir()
+    (root / "again/new").touch()
+    (root / "file").write_text("a file now")
+    (root / "link").symlink_to("etc")
+    (root / "kept").rename(root / "etc/moved")
+    root.chmod(0o711)
+
+
+@pytest.mark.parametrize("driver", ["overlay2", "aufs", "btrfs"])
+@pytest.mark.parametrize(
+    "archive",
+    [
+        tar_of({"etc": None, "etc/a": b"again", "etc/.wh.b": b""}),
+        tar_of({"etc/c": b"one more"}),
+        tar_of({"again": None, "again/.wh..wh..opq": b"", "again/x": b"x"}),
+        tar_of({"again/.wh.new": b"", "again/y": b"y", ".wh.kept": b""}),
+        tar_of({"file": None, "file/x": b"x", "link/y": b"y"}),
+        tar_of({"kept": b"k", "etc/.wh.moved": b"", "link": None, "link/z": b"z"}),
+        tar_of({".wh.again": b"", ".wh.file": b"", ".wh.link": b""}),
+        tar_of({"again/a": b"", ".wh..wh..opq": b""}),
+    ],
+)
+def test_an_archive_goes_on_top_of_what_was_changed_in_a_layer(
+    make_store: MakeStore, driver: str, archive: bytes
+) -> None:
+    members: dict[str, bytes | None] = {"etc": None, "etc/a": b"a", "etc/b": b"b", "kept": b"kept"}
+    for name in ("again", "file", "link"):
+        members |= {name: None, f"{name}/x": b"old", f"{name}/y": b"old"}
+    trees = []
+    for number, name in enumerate((driver, "vfs")):
+        store = make_store(name, f"store {number}")
+        store.prepare("base work")
+        store.apply("base work", io.BytesIO(tar_of(members)))
+        store.commit("base", "base work")
+        store.prepare("work", "base")
+        with store.mounted("work") as root:
+            _changed_by_hand(root)
+        store.apply("work", io.BytesIO(archive))
+        changes = {(change.kind, change.path) for change in store.changes("work")}
+        store.commit("top", "work")
+        assert store.check() == []
+        store.view("look", "top")
+        with store.mounted("look") as root:
+            trees.append((read_tree(root, times=False), changes))
+    assert trees[0] == trees[1]
 
 
 def test_a_bad_archive_leaves_the_layer_as_it_was(store: Store) -> None:

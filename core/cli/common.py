@@ -129,16 +129,6 @@ def open_store(
         yield store
 
 
-def source_date_epoch() -> int | None:
-    """``SOURCE_DATE_EPOCH`` (reproducible-builds.org): no time in what is written is later than it."""
-    text = os.environ.get("SOURCE_DATE_EPOCH")
-    if not text:
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise InvalidArgument(f"SOURCE_DATE_EPOCH is {text!r}; it has to be a number of seconds since 1970")
-    return int(text)
-
-
 def pairs(given: tuple[str, ...], option: str) -> dict[str, str]:
     """``("k=v", …)`` as a dict. Raises `InvalidArgument`."""
     for item in given:

@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 
 import click
 
-from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs, source_date_epoch
+from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs
 from layerfs.cli.namespace import require_lasting_mounts
 from layerfs.cli.output import ago, byte_progress, one_line, print_json, print_table, printable, size_text
 from layerfs.driver import ChangeKind, Mount
+from layerfs.epoch import source_date_epoch
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound, refused
 from layerfs.layer import Kind, Layer
 
@@ -120,7 +121,10 @@ def list_layers(filters: tuple[str, ...], as_json: bool) -> None:
 @click.command(cls=Command, examples=("inspect my-app", "inspect debian:12"))
 @click.argument("name")
 def inspect(name: str) -> None:
-    """Print all facts about a layer or image as JSON."""
+    """Print all facts about a layer or image as JSON.
+
+    A layer's mounts are those for looking at it; "prepare" prints those for writing.
+    """
     from layerfs.cli.images import image_facts
 
     with open_store() as store:
@@ -129,7 +133,7 @@ def inspect(name: str) -> None:
         except NotFound:
             print_json({"type": "image", **image_facts(store.images.get(name))})
             return
-        mounts = store.mounts(name) if layer.kind is not Kind.COMMITTED else []
+        mounts = store.mounts(name, read_only=True) if layer.kind is not Kind.COMMITTED else []
     print_json({"type": "layer", **layer_facts(layer), "mounts": [asdict(mount) for mount in mounts]})
 
 

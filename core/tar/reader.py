@@ -18,7 +18,7 @@ from layerfs.errors import BadLayer
 from layerfs.tar import header
 from layerfs.tar.header import BLOCK, ZEROS, Entry, label
 
-_LIMIT: Final = 1 << 20  # bytes of one extended header, as in Go's archive/tar
+_LIMIT: Final = 1 << 20  # bytes of one entry's extended headers; Go's archive/tar allows as much for each
 _SEGMENTS: Final = 1 << 20  # of one sparse file
 _PADDING: Final = 1 << 26  # bytes after the end; GNU tar's largest blocks have 2^21
 _LARGEST: Final = (1 << 63) - 1
@@ -32,13 +32,14 @@ _NO_XATTRS: Mapping[str, bytes] = {}
 class _Extended:
     """What extended headers say about the next entry."""
 
-    __slots__ = ("link", "name", "pax", "sparse")
+    __slots__ = ("link", "name", "pax", "size", "sparse")
 
     def __init__(self) -> None:
         self.name: bytes | None = None
         self.link: bytes | None = None
         self.pax: dict[bytes, bytes] = {}
         self.sparse: list[int] = []
+        self.size = 0
 
 
 class TarReader:
@@ -212,6 +213,8 @@ class TarReader:
                 raise ValueError("the sparse map is cut off")
             self._left -= BLOCK
             *lines, text = (text + self._take(BLOCK)).split(b"\n")
+            if len(text) > BLOCK:
+                raise ValueError("the sparse map has a line that is no number")
             numbers += [header.decimal(line) for line in lines[: wanted - len(numbers)]]
             if wanted == 1 and numbers:
                 if numbers[0] > _SEGMENTS:
@@ -233,6 +236,9 @@ class TarReader:
                 raise BadLayer(f"{label(head.name)}: the global extended headers are too long")
             return extended
         extended = extended or _Extended()
+        extended.size += head.size
+        if extended.size > _LIMIT:
+            raise BadLayer(f"{label(head.name)}: its extended headers are too long")
         if head.kind == b"L":
             extended.name = data.partition(b"\0")[0]
         elif head.kind == b"K":

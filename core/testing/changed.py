@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +196,35 @@ class ChangeChecks:
             assert (root / "hard").read_bytes() == (root / "new" / "f1").read_bytes() == b"1"
             assert os.stat(root / "hard").st_nlink == 2
 
+    def test_directories_that_change_places_are_changes_of_what_is_in_them(self, bench: Workbench) -> None:
+        """They look alike and nothing in them was written to; so from an upper, from inodes and from change times."""
+        names = ["one", "two", "in/one", "in/two"]
+        base = bench.prepare()
+        with bench.mounted(base) as root:
+            for number, name in enumerate(names):
+                (root / name / "deep").mkdir(parents=True)
+                (root / name / "deep" / "file").write_bytes(b"%d" % number)
+            (root / "same").mkdir()
+            (root / "same" / "file").write_bytes(b"same")
+            for path in (*root.rglob("*"), root):
+                _set_time(path)
+        bench.seal(base)
+        bench.tick()
+        child = bench.prepare(base)
+        with bench.mounted(child) as root:
+            for name, other in (names[:2], names[2:]):
+                for old, new in ((name, f"{name} aside"), (other, name), (f"{name} aside", other)):
+                    shutil.move(root / old, root / new)
+            for path in (root / "in", root):
+                _set_time(path)
+        expected = [(MODIFIED, f"{name}/deep/file".encode()) for name in sorted(names)]
+        assert summary(bench.changes(child)) == expected
+        assert summary(bench.changes(bench.fork(child))) == expected
+        bench.seal(child)
+        fresh = bench.prepare(base)
+        bench.apply(bench.diff(child), fresh)
+        assert bench.tree(fresh) == bench.tree(child)
+
     def test_a_directory_of_a_lower_layer_moves_as_mv_moves_it(self, bench: Workbench) -> None:
         """Kernel overlay answers EXDEV, on which every mv copies; the outcome has to be the same on all drivers."""
         base = bench.prepare()
@@ -207,3 +237,8 @@ class ChangeChecks:
             shutil.move(root / "dir", root / "moved")
         bench.seal(child)
         assert sorted(bench.tree(child)) == [".", "moved", "moved/sub", "moved/sub/f"]
+
+
+def _set_time(path: Path) -> None:
+    """The same whole second for all, which every backend keeps."""
+    os.utime(path, (1_600_000_000, 1_600_000_000))

@@ -87,6 +87,22 @@ class FileChecks:
         bench.apply(bench.diff(child), fresh)
         assert bench.tree(fresh) == bench.tree(child)
 
+    def test_long_xattrs(self, bench: Workbench) -> None:
+        """zfs-fuse answers wrongly where the first buffer is too small; a diff or copy must not carry that on."""
+        values = {f"{number}": bytes(range(256)) * (number % 3 + 1) for number in range(40)}
+        base = bench.prepare()
+        with bench.mounted(base) as root:
+            for name, value in values.items():
+                (root / name).touch()
+                os.setxattr(root / name, "user.long", value)
+        bench.seal(base)
+        fresh = bench.prepare()
+        bench.apply(bench.diff(base), fresh)
+        child = bench.prepare(base)
+        for volume in (base, fresh, child, bench.fork(fresh)):
+            tree = bench.tree(volume)
+            assert {name: dict(tree[name].xattrs).get("user.long") for name in values} == values
+
     def test_special_files(self, bench: Workbench) -> None:
         """containerd TestDiffTar IgnoreSockets; the suite's unwritten test for sockets."""
         volume = bench.prepare()

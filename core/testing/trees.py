@@ -7,6 +7,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from layerfs.kernel import xattr
 from layerfs.xattrs import kept
 
 
@@ -87,4 +88,4 @@ def _content(info: os.stat_result, path: str) -> str:
 
 def _xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
     listed = sorted(filter(kept, os.listxattr(path, follow_symlinks=False)))
-    return tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in listed)
+    return tuple((name, xattr.get(path, name, follow_symlinks=False)) for name in listed)

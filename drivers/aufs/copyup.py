@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
 from layerfs.drivers.aufs import dialect
+from layerfs.drivers.aufs.dialect import keeping_times
 from layerfs.drivers.aufs.jobs import Job, Pending
 from layerfs.drivers.aufs.places import Place
 from layerfs.drivers.aufs.tree import Dir, Node, Tree
@@ -110,7 +111,7 @@ class CopyUp:
                 if isinstance(node, Dir) and node.lowers:
                     done.append(node)
             self._tree.places.relax()
-        dialect.make(self.upper(top), dialect.OPAQUE)
+        dialect.make_opaque(self.upper(top))
         for directory in reversed(done):
             directory.lowers = []
             directory.below = {}
@@ -147,7 +148,7 @@ class CopyUp:
             parent = directory.parent
             assert parent.upper is not None
             target = self._tree.places.fd(parent.upper)
-            _keeping_times(target, lambda: os.rename(name, directory.name, src_dir_fd=self.work, dst_dir_fd=target))
+            keeping_times(target, lambda: os.rename(name, directory.name, src_dir_fd=self.work, dst_dir_fd=target))
         except BaseException:
             remove_tree(self.work, name)
             raise
@@ -196,13 +197,13 @@ class CopyUp:
             info = os.stat(name, dir_fd=work, follow_symlinks=False)
             for directory, known in node.names[1:]:
                 target = self.upper(directory)
-                _keeping_times(target, partial(_link, work, name, target, known))
+                keeping_times(target, partial(_link, work, name, target, known))
                 directory.above[known] = False
             if node.names:
                 directory, known = node.names[0]
                 target = self.upper(directory)
                 assert directory.upper is not None
-                _keeping_times(target, lambda: os.rename(name, known, src_dir_fd=work, dst_dir_fd=target))
+                keeping_times(target, lambda: os.rename(name, known, src_dir_fd=work, dst_dir_fd=target))
                 directory.above[known] = False
                 node.at, node.named = directory.upper, known
             else:
@@ -241,13 +242,6 @@ class CopyUp:
 
 def _link(source: int, name: bytes, target: int, new: bytes) -> None:
     os.link(name, new, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-
-
-def _keeping_times(directory: int, change: Callable[[], None]) -> None:
-    """Do something in a directory that is no change of it for users."""
-    info = os.stat(directory)
-    change()
-    os.utime(".", ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=directory)
 
 
 def _several_names(root: int) -> dict[int, list[bytes]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from typing import Final
 
 from layerfs.treecopy import remove_tree
@@ -46,6 +47,23 @@ def take_away(dir_fd: int, name: bytes) -> None:
     """Remove a whiteout or an opaque mark, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=dir_fd)
+
+
+def make_opaque(dir_fd: int) -> None:
+    """Make the mark of a directory that hides what lower branches have in it."""
+    keeping_times(dir_fd, lambda: make(dir_fd, OPAQUE))
+
+
+def take_opaque(dir_fd: int) -> None:
+    """Undo `make_opaque`."""
+    keeping_times(dir_fd, lambda: take_away(dir_fd, OPAQUE))
+
+
+def keeping_times(dir_fd: int, change: Callable[[], None]) -> None:
+    """Do something in a directory that is no change of it for users."""
+    info = os.stat(dir_fd)
+    change()
+    os.utime(".", ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=dir_fd)
 
 
 class AufsWhiteouts:

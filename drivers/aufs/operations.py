@@ -26,7 +26,7 @@ from layerfs.drivers.aufs.copyup import CopyUp
 from layerfs.drivers.aufs.passthrough import SPECIAL_BITS, Passthrough
 from layerfs.drivers.aufs.tree import Dir, Node, Tree
 from layerfs.drivers.aufs.union import Caller, Union
-from layerfs.kernel import fuse
+from layerfs.kernel import fuse, xattr
 from layerfs.kernel.libc import check, libc
 
 WANTED: Final = (
@@ -525,7 +525,7 @@ class Operations:
         (size,) = fuse.GETXATTR_IN.unpack_from(request.data)
         node = self._node(request.node)
         name = request.name(fuse.GETXATTR_IN.size)
-        return _sized(os.getxattr(self._path(node), name, follow_symlinks=node.orphan >= 0), size)
+        return _sized(xattr.get(self._path(node), name, follow_symlinks=node.orphan >= 0), size)
 
     def _listxattr(self, request: Request) -> bytes:
         (size,) = fuse.GETXATTR_IN.unpack_from(request.data)

@@ -190,7 +190,7 @@ class Union:
         self._renamed(node, old, name, new, new_name)
         self._unhide(new, new_name)
         if was_merged and isinstance(node, Dir) and new_name not in new.below:
-            dialect.take_away(self._copyup.upper(node), dialect.OPAQUE)
+            dialect.take_opaque(self._copyup.upper(node))
 
     def _exchange(self, one: tuple[Dir, bytes, Node], two: tuple[Dir, bytes, Node]) -> None:
         for _, _, node in (one, two):
@@ -215,7 +215,7 @@ class Union:
         """Keep a directory from being merged with what lower branches have under the name that it is to get."""
         self._tree.load(directory)
         if isinstance(node, Dir) and name in directory.below:
-            dialect.make(self._copyup.upper(node), dialect.OPAQUE)
+            dialect.make_opaque(self._copyup.upper(node))
 
     def _renamed(self, node: Node, old: Dir, name: bytes, new: Dir, new_name: bytes) -> None:
         self._tree.take_name(old, name)
@@ -266,7 +266,7 @@ class Union:
         try:
             fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper)
             try:
-                dialect.make(fd, dialect.OPAQUE)
+                dialect.make_opaque(fd)
             finally:
                 os.close(fd)
         except BaseException:
