@@ -22,6 +22,7 @@ import layerfs.guest
 from layerfs.bench import calibration
 from layerfs.bench.cli import guest_request
 from layerfs.bench.compare import fewest
+from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.recorded import Key, Recorded, Subject, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
@@ -183,13 +184,37 @@ def in_environment(environment: Path) -> Side:
 
     def run(words: Sequence[str], _folder: Path) -> tuple[int, str]:
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        command = [*_program(environment), *words]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=variables
-        )
-        return done.returncode, done.stderr
+        return _run([*_program(environment), *words], variables)
 
     return run
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[int, str]:
+    """The command's exit code, and what it said on the standard error.
+
+    It has a session of its own, so that only this process hears a terminal's Ctrl-C; then it is told to end, once, and
+    waited for, because it has mounts and loop devices to take down.
+    """
+    with (
+        Interrupts() as interrupts,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=variables,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            with interrupts.allowed():
+                said = process.communicate()[1]
+        except BaseException:
+            process.terminate()
+            process.communicate()
+            raise
+    return process.returncode, said
 
 
 def on_kernel(kind: str, kernel: str, size: int, place: Path) -> Side:

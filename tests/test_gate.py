@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,52 @@ def test_more_rounds_are_measured_while_something_is_unclear(environments: tuple
             else:
                 assert gate.wait() in (0, 1)
         assert len(os.listdir(keep)) >= 3 * rounds
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_gate_lets_the_measurement_clean_up(
+    environments: tuple[Path, Path], number: signal.Signals
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a loop device needs root here")
+    place = Path("/var/tmp") / f"layerfs-test-gate-{os.getpid()}"  # on a disk
+    place.mkdir()
+    try:
+        options = ["--driver=overlay2", "--size=1M", "--workload=layer-lifecycle", "--backing=ext4"]
+        with subprocess.Popen(
+            [*_LAYERFS, "gate", *map(str, environments), *options, f"--scratch={place}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as gate:
+            while not _mounted(place) and gate.poll() is None:
+                time.sleep(0.02)
+            gate.send_signal(number)
+            said = gate.communicate()[1]
+        assert (gate.returncode, said) == (130, "layerfs: interrupted\n")
+        assert _left(place) == []
+    finally:
+        for mount in reversed(_mounted(place)):
+            subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(place)
+
+
+def _mounted(place: Path) -> list[str]:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [mount for mount in mounts if mount.startswith(f"{place}/")]
+
+
+def _left(place: Path) -> list[str]:
+    """Mounts, loop devices, processes and files of what works in a directory."""
+    files = [*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")]
+    return [*_mounted(place), *(text for text in map(_text, files) if str(place) in text), *os.listdir(place)]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def test_rounds_that_can_tell_nothing_are_refused_after_the_first(
