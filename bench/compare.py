@@ -116,10 +116,11 @@ class Comparison:
         return self.having(Verdict.WORSE, Verdict.FAILED)
 
     @property
-    def settled(self) -> bool:
-        """Whether more samples would hardly say more: every time is told, or what is worse is sure without a test."""
-        sure = any(not isinstance(change, Clock) for change in self.regressions)
-        return sure or not self.having(Verdict.UNCLEAR, Verdict.TOO_FEW)
+    def untold(self) -> set[str]:
+        """Names of the workloads with times that more samples might tell; none where something is surely worse."""
+        if any(not isinstance(change, Clock) for change in self.regressions):
+            return set()
+        return {change.key.workload.split()[0] for change in self.having(Verdict.UNCLEAR, Verdict.TOO_FEW)}
 
     @property
     def blind(self) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from layerfs.bench import compare, recorded, runfile, verdicts
+from layerfs.bench import compare, interleaved, recorded, runfile, verdicts
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.compare import Verdict
 from layerfs.bench.recorded import Key
@@ -390,6 +390,42 @@ def test_more_rounds_are_measured_while_something_is_unclear(environments: tuple
             else:
                 assert gate.wait() in (0, 1)
         assert len(os.listdir(keep)) >= 3 * rounds
+
+
+def test_only_what_cannot_be_told_is_measured_again_in_longer_and_longer_steps(tmp_path: Path) -> None:
+    works = {name: discover()[name](1 << 20, 0) for name in ("randread", "append-many")}
+    asked: list[list[str]] = []
+    looks: list[int] = []
+
+    def side(words: Sequence[str], _folder: Path) -> tuple[int, str]:
+        given = [word.removeprefix("--workload=") for word in words if word.startswith("--workload=")]
+        (file,) = (word.removeprefix("--output=") for word in words if word.startswith("--output="))
+        samples = [Sample("vfs", works[name], 0, [Timing("whole", 1.0)], {}, None) for name in given or works]
+        facts = {"machine": _MACHINE, "targets": {"vfs": {"backing": {}}}}
+        run = Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 20, 7, ["vfs"], samples, facts, [])
+        runfile.write(runfile.document(run), Path(file))
+        asked.append(given)
+        return 0, ""
+
+    def untold(measured: interleaved.Measured) -> set[str]:
+        looks.append(len(measured.head.seconds[Key("append-many", "whole", "vfs")]))
+        return {"append-many"} if looks[-1] < 20 else set()
+
+    options: Mapping[str, Any] = {"rounds": 6, "seed": 1, "calibrate": False, "keep": tmp_path, "untold": untold}
+    found = interleaved.measure(side, side, [], [], seconds=10**6, **options)
+    assert asked == [[]] * 12 + [["append-many"]] * 44
+    assert looks == [6, 9, 13, 19, 28]
+    assert {key.workload: len(times) for key, times in found.base.seconds.items()} == {"append-many": 28, "randread": 6}
+    looks.clear()
+    interleaved.measure(side, side, [], [], seconds=0, **options)
+    assert looks == [6], "there was no time for more"
+
+
+def test_what_is_surely_worse_needs_no_more_rounds(write: Write) -> None:
+    base, unclear = write("base.json", _noisy(0.1)), write("unclear.json", [0.01, 0.9, 0.1, 0.2, 0.5, 0.05])
+    worse = write("worse.json", [0.01, 0.9, 0.1, 0.2, 0.5, 0.05], copied=1 << 20)
+    for head, untold in ((base, set()), (unclear, {"copyup-first-write"}), (worse, set())):
+        assert compare.compare(recorded.read(base), recorded.read(head), {}).untold == untold
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
