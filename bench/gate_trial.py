@@ -23,11 +23,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerfs.bench import calibration, recorded, runner, statistics, workload
+from layerfs.bench import recorded, runner, statistics, workload
 from layerfs.bench.caches import write_back
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing
 from layerfs.bench.compare import compare, fewest
 from layerfs.bench.content import Base
+from layerfs.bench.figures import PROCESSOR, SLOWEST
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.scratch import StoreTarget
@@ -125,7 +126,7 @@ _UNCHANGED = "unchanged"
 
 
 def _slower_path(label: str, step: str) -> bool:
-    return (label.split(maxsplit=1)[0], step.removesuffix(calibration.PROCESSOR)) in (
+    return (label.split(maxsplit=1)[0], step.removesuffix(PROCESSOR).removesuffix(SLOWEST)) in (
         ("layer-lifecycle", "create"),
         ("diff-apply", "apply"),
         ("copyup-first-write", "make the layer"),

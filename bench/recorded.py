@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from layerfs.bench import calibration, runfile, workload
+from layerfs.bench import calibration, figures, runfile, workload
 from layerfs.bench.results import Run
 from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
@@ -169,10 +169,11 @@ def parse(document: Any, name: str) -> Recorded:
             extra = benchmark["extra_info"]
             label, target = extra["label"], extra["target"]
             conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized)
-            seconds[Key(label, extra["step"], target)] = [float(value) for value in benchmark["stats"]["data"]]
-            if extra["processor"]:
-                step = extra["step"] + calibration.PROCESSOR
-                seconds[Key(label, step, target)] = [float(value) for value in extra["processor"]]
+            times = [float(value) for value in benchmark["stats"]["data"]]
+            processor = [float(value) for value in extra["processor"]]
+            latencies = [{float(value): int(number) for value, number in some} for some in extra["latencies"]]
+            found = figures.figures(extra["step"], times, processor, latencies)
+            seconds |= {Key(label, step, target): values for step, values in found.items()}
             for counter, values in extra["counters"].items():
                 counters[CounterKey(label, counter, target)] = [int(value) for value in values]
         thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
@@ -190,10 +191,8 @@ def taken(run: Run, name: str) -> Recorded:
     seconds: dict[Key, list[float]] = {}
     counters: dict[CounterKey, list[int]] = {}
     for series in run.series():
-        label, step, target = series.workload.label, series.step, series.target
-        seconds[Key(label, step, target)] = series.seconds
-        if series.processor:
-            seconds[Key(label, step + calibration.PROCESSOR, target)] = series.processor
+        label, target = series.workload.label, series.target
+        seconds |= {Key(label, name, target): values for name, values in series.figures.items()}
         for counter in series.samples[0].counters:
             counters[CounterKey(label, counter, target)] = [sample.counters[counter] for sample in series.samples]
     noises = {Key(n.workload, n.step, n.target): n.threshold for n in calibration.measured(run)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from layerfs.bench import statistics
+from layerfs.bench import figures, statistics
 from layerfs.bench.caches import Reached
 from layerfs.bench.statistics import Interval
 from layerfs.bench.workload import Timing, Workload
@@ -63,6 +63,11 @@ class Series:
             for latency, number in timing.latencies.items():
                 together[latency] = together.get(latency, 0) + number
         return together
+
+    @property
+    def figures(self) -> dict[str, list[float]]:
+        """What of it is compared, by name, with the seconds of every sample."""
+        return figures.figures(self.step, self.seconds, self.processor, [timing.latencies for timing in self.timings])
 
     def counter(self, name: str) -> Interval:
         return statistics.median([sample.counters[name] for sample in self.samples if name in sample.counters])

@@ -125,6 +125,17 @@ def percentile(latencies: Mapping[float, int], part: float) -> float:
     raise ValueError("no latencies")
 
 
+def slowest(latencies: Mapping[float, int], part: float) -> float:
+    """The mean latency of that ``part`` (0 to 1) of all operations which took the longest; at least of one."""
+    wanted = left = max(1, round(part * sum(latencies.values())))
+    total = 0.0
+    for latency in sorted(latencies, reverse=True):
+        taken = min(left, latencies[latency])
+        total += taken * latency
+        left -= taken
+    return total / wanted
+
+
 def _resampled(samples: Sequence[float], source: random.Random) -> float:
     return statistics.median(source.choices(samples, k=len(samples)))
 

@@ -85,6 +85,13 @@ def test_percentiles_are_of_operations_not_of_bins() -> None:
     assert statistics.percentile(latencies, 1.0) == 9.0
 
 
+def test_the_slowest_part_is_of_operations_not_of_bins() -> None:
+    latencies = {1.0: 17, 5.0: 2, 9.0: 1}
+    assert statistics.slowest(latencies, 0.1) == 7.0
+    assert statistics.slowest(latencies, 0.01) == 9.0
+    assert statistics.slowest(latencies, 1) == pytest.approx(1.8)
+
+
 # Caches
 
 

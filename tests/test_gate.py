@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,12 +51,14 @@ def write(tmp_path: Path) -> Write:
         how: str = "read",
         target: str = "overlay2",
         left_out: Mapping[str, str] = MappingProxyType({}),
+        latencies: Sequence[float] = (),
     ) -> Path:
         work = discover()["copyup-first-write"](size, 0)
         counters = {} if copied is None else {"bytes copied up": copied}
         samples = [
-            Sample(target, work, number, [Timing("open", value)], counters, Reached(CacheState.WARM, how, 1.0))
+            Sample(target, work, number, [timing], counters, Reached(CacheState.WARM, how, 1.0))
             for number, value in enumerate(seconds)
+            for timing in [Timing("open", value, latencies=Counter(value * part for part in latencies))]
         ]
         targets = {target: {"backing": {"filesystem": backing}}}
         facts = {"machine": machine or _MACHINE, "targets": targets, "user": user}
@@ -135,6 +138,33 @@ def test_both_measurements_of_a_calibrating_run_are_samples_of_one_driver() -> N
     assert joined.seconds == {key: [1.0, 2.0, 3.0], other: [4.0]}
     assert joined.counters == {counter._replace(target="btrfs"): [5]}
     assert joined.thresholds == {key: 0.2}
+
+
+def test_what_is_slow_only_now_and_then_is_seen(write: Write) -> None:
+    base = recorded.read(write("base.json", _noisy(0.1), latencies=[1] * 20))
+    head = recorded.read(write("head.json", _noisy(0.1, seed=2), latencies=[1] * 16 + [3] * 4))
+    found = {clock.key.step: clock for clock in compare.compare(base, head, {}).clocks}
+    assert {step: clock.verdict for step, clock in found.items()} == {
+        "open": Verdict.SAME,
+        "open (slowest tenth)": Verdict.WORSE,
+    }
+    assert found["open (slowest tenth)"].ratio.middle == pytest.approx(3, rel=0.1)
+
+
+def test_what_the_slowest_operations_cannot_tell_is_nobodys_business(write: Write) -> None:
+    """Few operations vary much, and more rounds would hardly help."""
+    source = random.Random(4)
+    varied = [source.lognormvariate(-2, 2) for _ in range(12)]
+    base = recorded.read(write("base.json", [0.1] * 12, latencies=[1] * 20))
+    head = recorded.read(write("head.json", [0.1] * 12, latencies=[1] * 20))
+    (slowest,) = (key for key in base.seconds if "slowest" in key.step)
+    wild = dataclasses.replace(head, seconds={**head.seconds, slowest: varied})
+    none = dataclasses.replace(head, seconds={key: times for key, times in head.seconds.items() if key != slowest})
+    for other in (wild, none):
+        found = compare.compare(base, other, {})
+        assert (found.verdict, found.untold) == (Verdict.SAME, set())
+        assert "slowest tenth" not in verdicts.markdown(found)
+    assert compare.compare(base, wild, {}).clocks[1].verdict is Verdict.UNCLEAR
 
 
 # The command
