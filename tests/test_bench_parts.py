@@ -27,6 +27,7 @@ from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run, Sample
 from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
@@ -390,6 +391,29 @@ def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
             own = time.process_time() - before
     assert all(timing.operations == 1500 for taken in timings for timing in taken)
     assert sum(timing.processor for taken in timings for timing in taken) > own
+
+
+@pytest.mark.parametrize("work", workload.chosen(["start-stop-density"], [1 << 20], 0), ids=lambda work: work.label)
+def test_layers_started_one_after_the_other_and_at_once_are_each_clocked(on_disk: Path, work: Workload) -> None:
+    """Where some wait for others, those are the slowest of all."""
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("vfs", None, 1 << 20)
+        assert work.base
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared, mounted=False) as layer:
+            timings = work.measure(layer)
+            work.counters(layer)
+    assert [(one.step, one.operations, sum(one.latencies.values())) for one in timings] == [
+        ("up", 20, 20),
+        ("down", 20, 20),
+    ]
+    assert all(max(one.latencies) <= one.seconds for one in timings)
+
+
+def test_the_default_profile_starts_layers_one_after_the_other_and_at_once() -> None:
+    works = workload.chosen(PROFILES["default"].workloads, [1 << 20], 0)
+    tasks = [work.parameters["tasks"] for work in works if "tasks" in work.swept]
+    assert tasks == [1, 8]
 
 
 # The run file and the table
