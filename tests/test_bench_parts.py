@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics as plain
 import subprocess
@@ -29,10 +31,11 @@ from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run, Sample
-from layerfs.bench.scratch import Scratch
+from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 from layerfs.bench.workloads.cache_share import CacheShare
+from layerfs.bench.workloads.layer_lifecycle import LayerLifecycle
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
@@ -391,6 +394,31 @@ def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
             own = time.process_time() - before
     assert all(timing.operations == 1500 for taken in timings for timing in taken)
     assert sum(timing.processor for taken in timings for timing in taken) > own
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a loop device needs root here")
+@pytest.mark.parametrize(("backing", "counted"), [("ext4", True), ("dir", True), ("xfs", False)])
+def test_an_inode_that_a_removed_layer_leaves_is_counted(on_disk: Path, backing: str, counted: bool) -> None:
+    """Where the file system tells their number at once."""
+    if not shutil.which(f"mkfs.{backing}") and backing != "dir":
+        pytest.skip(f"needs mkfs.{backing}")
+    work = LayerLifecycle(1 << 20, 0, repetitions=3, files=10, parent_size=40960)
+
+    class Leaving(StoreTarget):
+        def remove(self, key: str) -> None:
+            super().remove(key)
+            (self._store.driver.root / f"left {next(numbers)}").touch()
+
+    numbers = itertools.count()
+    found = []
+    for kind in (StoreTarget, Leaving):
+        with Scratch(on_disk, Interrupts(), {"vfs": kind}) as scratch:
+            target = scratch.target("vfs", backing, 512 << 20)
+            target.build(work.base)
+            with target.fresh(work.base, scratch.shared, mounted=False) as layer:
+                work.measure(layer)
+                found.append(work.counters(layer).get("inodes left in use"))
+    assert found == ([0, 3] if counted else [None, None])
 
 
 @pytest.mark.parametrize("work", workload.chosen(["start-stop-density"], [1 << 20], 0), ids=lambda work: work.label)
