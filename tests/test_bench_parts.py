@@ -257,6 +257,24 @@ def test_a_job_writes_what_it_was_told_and_says_so(tmp_path: Path) -> None:
     assert sum(done.latencies.values()) == 64
 
 
+@pytest.mark.parametrize(
+    ("runtime", "latency", "seconds"),
+    [(2, 20_000, 0.00128), (71, 475_674, 0.070), (2, 125_000, 0.002), (0, 10_000, 0.00064), (1, 0, 0.001)],
+)
+def test_the_time_of_a_job_is_that_of_its_operations_where_the_milliseconds_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: int, latency: int, seconds: float
+) -> None:
+    """A final fsync is no operation; several jobs at once have more of them than time."""
+    latencies = {"mean": latency, "N": 64}
+    done = {"io_bytes": 64, "total_ios": 64, "runtime": runtime, "lat_ns": latencies, "clat_ns": {"bins": {}}}
+    job = {"read": done, "usr_cpu": 0, "sys_cpu": 0, "job_runtime": 1}
+    program = tmp_path / "fio"
+    program.write_text(f"#!/bin/sh\necho '{json.dumps({'jobs': [job]})}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert fio.run(tmp_path / "file", "read", 1, 64, seed=1).seconds == pytest.approx(seconds, abs=1e-9, rel=1e-4)
+
+
 def test_no_block_that_fio_writes_is_like_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fio.run(tmp_path / name, "write", 1 << 16, 1 << 20, seed=seed)
