@@ -30,7 +30,7 @@ from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.profiles import PROFILES
-from layerfs.bench.results import Run, Sample
+from layerfs.bench.results import Run, Sample, split
 from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
@@ -494,6 +494,24 @@ def _run() -> Run:
         for number in range(5)
     ]
     return Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 30, 7, ["fast", "slow"], samples, {"kernel": "x"}, ["beware"])
+
+
+def test_a_sample_whose_steps_have_other_names_is_a_series_of_its_own() -> None:
+    work = _Work(1 << 20, 0)
+    steps = ["read", "read, not cold", "read"]
+    samples = [
+        Sample("fast", work, number, [Timing(step, number + 1.0), Timing("close", 1.0)], counters, None)
+        for number, step in enumerate(steps)
+        for counters in [{} if "not" in step else {"bytes": number}]
+    ]
+    found = {series.step: series for series in split(samples)}
+    assert {step: series.seconds for step, series in found.items()} == {
+        "read": [1.0, 3.0],
+        "read, not cold": [2.0],
+        "close": [1.0, 1.0, 1.0],
+    }
+    assert found["close"].counters == found["read"].counters == {"bytes": [0, 2]}
+    assert found["read, not cold"].counters == {}
 
 
 def test_pytest_benchmark_opens_a_run_file_and_sets_the_drivers_side_by_side(tmp_path: Path) -> None:

@@ -52,12 +52,14 @@ def write(tmp_path: Path) -> Write:
         target: str = "overlay2",
         left_out: Mapping[str, str] = MappingProxyType({}),
         latencies: Sequence[float] = (),
+        caches: Sequence[Reached] = (),
     ) -> Path:
         work = discover()["copyup-first-write"](size, 0)
+        states = caches or [Reached(CacheState.WARM, how, 1.0)] * len(seconds)
         counters = {} if copied is None else {"bytes copied up": copied}
         samples = [
-            Sample(target, work, number, [timing], counters, Reached(CacheState.WARM, how, 1.0))
-            for number, value in enumerate(seconds)
+            Sample(target, work, number, [timing], counters, cache)
+            for number, (value, cache) in enumerate(zip(seconds, states, strict=True))
             for timing in [Timing("open", value, latencies=Counter(value * part for part in latencies))]
         ]
         targets = {target: {"backing": {"filesystem": backing}}}
@@ -291,6 +293,42 @@ def test_what_was_measured_differently_is_not_compared(write: Write, changed: di
     for refused in (_compare(base, head), _gate(base, head, "--force")):
         assert refused.returncode == 2
         assert named in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [
+        (Reached(CacheState.WARM, "fadvise", 1.0), "cache 'warm by read' and 'warm by fadvise'"),
+        (Reached(CacheState.WARM, "read", 0.5), "cache 'warm by read' and 'warm by read, not reached'"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_sample_of_other_conditions_is_left_out_and_named(
+    write: Write, odd: Reached, named: str, at_once: bool
+) -> None:
+    """In a run of many rounds, and among runs of one round each."""
+    base = recorded.read(write("base.json", _noisy(0.1)))
+    warm = Reached(CacheState.WARM, "read", 1.0)
+    caches, seconds = [odd, *[warm] * 11], [9.0, *_noisy(0.1, 11, seed=2)]
+    if at_once:
+        head = recorded.read(write("head.json", seconds, caches=caches))
+    else:
+        pairs = list(zip(seconds, caches, strict=True))
+        runs = [recorded.read(write("head.json", [value], caches=[cache])) for value, cache in pairs]
+        head = recorded.together(runs, "head")
+    found = compare.compare(base, head, {})
+    (clock,) = found.clocks
+    assert (clock.verdict, clock.samples, found.verdict) == (Verdict.SAME, (12, 11), Verdict.SAME)
+    assert [named in warning for warning in found.warnings].count(True) == 1
+    assert len(head.counters[found.counters[0].key]) == 11
+
+
+def test_conditions_that_most_samples_have_are_those_of_the_figure(write: Write) -> None:
+    caches = [Reached(CacheState.WARM, "read", 0.5)] * 7 + [Reached(CacheState.WARM, "read", 1.0)] * 5
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.1), caches=caches)
+    refused = _compare(base, head)
+    assert refused.returncode == 2
+    assert "'warm by read, not reached'" in refused.stderr
 
 
 def test_of_runs_that_are_alike_only_in_part_the_rest_is_named(write: Write, tmp_path: Path) -> None:
