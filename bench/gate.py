@@ -229,7 +229,7 @@ def _write(comparison: Comparison, junit: Path | None, markdown: Path | None) ->
     for file, mode, text in ((junit, "w", verdicts.junit), (markdown, "a", verdicts.markdown)):
         if file is not None:
             try:
-                with open(file, mode) as out:
+                with open(file, mode, encoding="utf-8") as out:  # whatever the locale
                     out.write(text(comparison))
             except OSError as error:
                 raise refused(f"writing {str(file)!r}", error) from error

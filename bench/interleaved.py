@@ -233,7 +233,7 @@ def on_kernel(kind: str, kernel: str, size: int, place: Path) -> Side:
         request = guest_request(
             words, kind, size, place, [folder], os.path.abspath(kernel) if "/" in kernel else kernel
         )
-        with tempfile.TemporaryFile("w+") as said, open(os.devnull, "wb") as nothing:
+        with tempfile.TemporaryFile("w+", errors="replace") as said, open(os.devnull, "wb") as nothing:
             try:
                 code = layerfs.guest.run(request, output=nothing.fileno(), errors=said.fileno())
             except (InvalidArgument, EnvironmentUnfit) as error:

@@ -230,6 +230,21 @@ def test_compare_prints_and_never_fails_for_a_regression(write: Write) -> None:
     assert "worse" in done.stdout
 
 
+@pytest.mark.parametrize("coding", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_locale_without_utf_8_is_no_error(write: Write, tmp_path: Path, coding: dict[str, str]) -> None:
+    files = [str(write("base.json", _noisy(1e-5))), str(write("head.json", _noisy(2e-5)))]
+    files_for_ci = [f"--markdown={tmp_path / 'found.md'}", f"--junit={tmp_path / 'junit.xml'}"]
+    environment = {**os.environ, "LC_ALL": "C", **coding}
+    for command, code in (("compare", 0), ("gate", 1)):
+        words = [*_LAYERFS, command, *files, *(files_for_ci if command == "gate" else [])]
+        done = subprocess.run(words, capture_output=True, check=False, env=environment)
+        assert done.returncode == code, done.stderr
+        assert b"10.0 ?s" in done.stdout
+        assert done.stdout.isascii()
+    assert "\N{GREEK SMALL LETTER MU}s" in (tmp_path / "found.md").read_text("utf-8")
+    assert ElementTree.parse(tmp_path / "junit.xml").getroot().attrib["failures"] == "1"  # noqa: S314 - our own
+
+
 def test_markdown_stays_below_the_limit_and_keeps_the_worst() -> None:
     keys = [Key(f"work {number}" + "x" * 500, "step", "target") for number in range(5000)]
     clock = compare.clock(keys[0], [1.0] * 9, [1.0] * 9, 16.0)
