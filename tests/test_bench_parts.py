@@ -82,6 +82,22 @@ def test_the_probability_of_one_source_is_small_only_for_different_samples() -> 
     assert sum(p < 0.05 for p in found) <= 8, "identical sources are told apart about as often as it says"
 
 
+@pytest.mark.parametrize("digits", [9, 1], ids=["no ties", "ties"])
+def test_of_many_samples_not_every_way_is_counted_and_the_probability_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, digits: int
+) -> None:
+    source = random.Random(4)
+    first, second = ([round(source.gauss(middle, 1), digits) for _ in range(n)] for middle, n in ((10.5, 40), (10, 61)))
+    with monkeypatch.context() as patched:
+        patched.setattr(statistics, "EXACT", 101)
+        exact = statistics.difference(first, second)
+    monkeypatch.setattr(statistics, "_ways", None)
+    assert statistics.difference(first, second) == pytest.approx(exact, rel=0.05)
+    assert 1e-6 < exact < 0.5
+    assert statistics.difference([1.0] * 50, [1.0] * 60) == 1.0
+    assert statistics.difference([2.0] * 50, [1.0] * 60) < 1e-12
+
+
 def test_percentiles_are_of_operations_not_of_bins() -> None:
     latencies = {1.0: 98, 5.0: 1, 9.0: 1}
     assert statistics.percentile(latencies, 0.5) == 1.0
