@@ -400,6 +400,12 @@ def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
     assert {work.size for work in works} == {1 << 20, 4 << 20}
 
 
+def test_the_usual_parameters_of_a_workload_are_those_that_it_has_where_none_is_given() -> None:
+    for kind in workload.discover().values():
+        assert kind.defaults() == kind(1 << 20, 0).parameters
+    assert workload.discover() is workload.discover(), "looked for once"
+
+
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
         workload.chosen(["seqwrote"], [1 << 20], 0)
