@@ -42,7 +42,7 @@ from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
 _MATRIX = ("copyup-first-write", "diff-apply", "layer-lifecycle")
-_SMALL: Mapping[str, object] = {"files": 100, "repetitions": 10, "parent_size": 1 << 20}
+_SMALL: Mapping[str, object] = {"files": 100, "parent_size": 1 << 20}
 """Parameters of those workloads, which make a trial short; a fault adds a part of what there is all the same."""
 
 
