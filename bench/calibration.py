@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from layerfs.bench import statistics
-from layerfs.bench.results import Run, Series
+from layerfs.bench.results import Run
 from layerfs.bench.statistics import Interval
 from layerfs.bench.target_name import AGAIN, first_of_pair
-
-PROCESSOR = " (processor)"
-"""Ends the name of a step where its processor time is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +40,16 @@ def twice(drivers: Sequence[str]) -> list[str]:
 
 def measured(run: Run) -> list[Noise]:
     """What a calibrating run says; nothing for any other run."""
-    found: dict[tuple[str, str, str], Series] = {(s.workload.label, s.step, s.target): s for s in run.series()}
-    pairs = [
-        (found[label, step, first], again)
-        for (label, step, target), again in found.items()
-        if (first := first_of_pair(target)) and (label, step, first) in found
+    found = {
+        (series.workload.label, name, series.target): seconds
+        for series in run.series()
+        for name, seconds in series.figures.items()
+    }
+    return [
+        noise(label, name, first, found[label, name, first], again)
+        for (label, name, target), again in found.items()
+        if (first := first_of_pair(target)) and (label, name, first) in found
     ]
-    found_noise = []
-    for one, two in pairs:
-        label, step, target = one.workload.label, one.step, one.target
-        found_noise.append(noise(label, step, target, one.seconds, two.seconds))
-        if one.processor and two.processor:
-            found_noise.append(noise(label, step + PROCESSOR, target, one.processor, two.processor))
-    return found_noise
 
 
 def noise(workload: str, step: str, target: str, first: Sequence[float], second: Sequence[float]) -> Noise:

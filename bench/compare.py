@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerfs.bench import recorded, statistics
+from layerfs.bench.figures import is_extra
 from layerfs.bench.recorded import CounterKey, Key, Recorded, Subject
 from layerfs.bench.statistics import Interval
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
@@ -44,6 +45,9 @@ class Verdict(enum.StrEnum):
     MISSING = "missing in the head"
     FAILED = "failed in the head"
     """What the base could measure; as bad as worse."""
+
+
+_UNTOLD = (Verdict.UNCLEAR, Verdict.TOO_FEW)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,9 @@ class Comparison:
 
     @property
     def all(self) -> list[Counter | Clock | Uncompared]:
-        """Counters first."""
-        return [*self.counters, *self.clocks, *self.uncompared]
+        """Counters first; of the slowest operations only what can be told."""
+        clocks = [clock for clock in self.clocks if clock.verdict not in _UNTOLD or not is_extra(clock.key.step)]
+        return [*self.counters, *clocks, *self.uncompared]
 
     def having(self, *verdicts: Verdict) -> list[Counter | Clock | Uncompared]:
         """The figures with one of these verdicts."""
@@ -116,10 +121,11 @@ class Comparison:
         return self.having(Verdict.WORSE, Verdict.FAILED)
 
     @property
-    def settled(self) -> bool:
-        """Whether more samples would hardly say more: every time is told, or what is worse is sure without a test."""
-        sure = any(not isinstance(change, Clock) for change in self.regressions)
-        return sure or not self.having(Verdict.UNCLEAR, Verdict.TOO_FEW)
+    def untold(self) -> set[str]:
+        """Names of the workloads with times that more samples might tell; none where something is surely worse."""
+        if any(not isinstance(change, Clock) for change in self.regressions):
+            return set()
+        return {change.key.workload.split()[0] for change in self.having(*_UNTOLD)}
 
     @property
     def blind(self) -> bool:
@@ -168,7 +174,7 @@ def compare(
     counted = [key for key in base.counters if key in head.counters and Subject.of(key) not in unlike]
     left = (set(base.seconds) - set(common), set(base.counters) - set(counted))
     uncompared = [_uncompared(key, unlike, head) for key in base.counters if key in left[1]]
-    uncompared += [_uncompared(key, unlike, head) for key in base.seconds if key in left[0]]
+    uncompared += [_uncompared(key, unlike, head) for key in base.seconds if key in left[0] and not is_extra(key.step)]
     if not common and not any(one.verdict is Verdict.FAILED for one in uncompared):
         what = "; ".join(dict.fromkeys(one.why for one in uncompared if one.verdict is Verdict.UNLIKE))
         raise InvalidArgument(

@@ -37,8 +37,8 @@ class Outcome:
     """What one job did.
 
     Attributes:
-        seconds: from its start to its end, with opening the file and a final fsync; fio tells whole
-            milliseconds, of which there is at least one.
+        seconds: from its start to its end, with opening the file and a final fsync; within a millisecond, and closer
+            where that is the time of its operations.
         bytes, operations: moved and done in that time.
         latencies: seconds of completion and how many operations took so long (fio's histogram, 1.6 % wide bins).
         processor: seconds of processor time, in and outside the kernel.
@@ -112,14 +112,24 @@ def _answer(arguments: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _outcome(job: dict[str, Any], direction: str) -> Outcome:
-    figures: dict[str, object] = job[direction]
+    figures: dict[str, Any] = job[direction]
     return Outcome(
-        seconds=max(_number(figures["runtime"]), 1) / 1e3,
+        seconds=_seconds(figures),
         bytes=int(_number(figures["io_bytes"])),
         operations=int(_number(figures["total_ios"])),
         latencies=_latencies(figures),
         processor=(_number(job["usr_cpu"]) + _number(job["sys_cpu"])) / 100 * _number(job["job_runtime"]) / 1e3,
     )
+
+
+def _seconds(figures: dict[str, Any]) -> float:
+    """What the operations took together, as far as the run's time agrees, which fio rounds up to milliseconds.
+
+    Operations take less than the run (a final fsync is none of them), or, of several jobs at once, more.
+    """
+    latest = max(_number(figures["runtime"]), 1) / 1e3
+    operations = _number(figures["lat_ns"]["mean"]) * _number(figures["lat_ns"]["N"]) / 1e9
+    return min(max(operations, latest - 1e-3) or latest, latest)
 
 
 def _latencies(figures: dict[str, object]) -> dict[float, int]:

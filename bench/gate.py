@@ -67,7 +67,7 @@ def compare_command(base: Path, head: Path, calibration: Path | None, force: boo
     metavar="SECONDS",
     default=600,
     show_default=True,
-    help="For more rounds while something cannot be told.",
+    help="For more rounds of what cannot be told yet.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="As for layerfs bench.")
 @click.option("--calibrate/--no-calibrate", default=True, help="Measure the base twice: its noise [default: on].")
@@ -144,8 +144,7 @@ def gate(
     else:
         without_effect("where both sides are measured", "calibration", *(() if any(kernels) else ("guest",)))
         largest = max(map(parse_size, size.split(",")))
-        options = [f"--driver={drivers}", f"--size={size}", *(f"--workload={name}" for name in names)]
-        options += [f"--backing={backing or default_backing()}"]
+        options = [f"--driver={drivers}", f"--size={size}", f"--backing={backing or default_backing()}"]
         place = (scratch or default_scratch()).absolute()
         with ExitStack() as stack:
             if any(kernels):
@@ -170,10 +169,11 @@ def gate(
                 sides[0],
                 sides[1],
                 options,
+                names,
                 rounds=rounds,
                 seed=secrets.randbelow(2**30) if seed is None else seed,
                 calibrate=calibrate,
-                settled=lambda found: judged(found).settled,
+                untold=lambda found: judged(found).untold,
                 seconds=seconds,
                 keep=keep,
                 progress=progress,
@@ -229,7 +229,7 @@ def _write(comparison: Comparison, junit: Path | None, markdown: Path | None) ->
     for file, mode, text in ((junit, "w", verdicts.junit), (markdown, "a", verdicts.markdown)):
         if file is not None:
             try:
-                with open(file, mode) as out:
+                with open(file, mode, encoding="utf-8") as out:  # whatever the locale
                     out.write(text(comparison))
             except OSError as error:
                 raise refused(f"writing {str(file)!r}", error) from error

@@ -8,6 +8,7 @@ that are done are kept in a file, so that the same command goes on where it was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -23,11 +24,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerfs.bench import calibration, recorded, runner, statistics, workload
+import layerfs
+from layerfs.bench import recorded, runner, statistics, workload
 from layerfs.bench.caches import write_back
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing
 from layerfs.bench.compare import compare, fewest
 from layerfs.bench.content import Base
+from layerfs.bench.figures import PROCESSOR, SLOWEST
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.scratch import StoreTarget
@@ -39,7 +42,7 @@ from layerfs.kernel import userns
 from layerfs.sizes import parse_size
 
 _MATRIX = ("copyup-first-write", "diff-apply", "layer-lifecycle")
-_SMALL: Mapping[str, object] = {"files": 100, "repetitions": 5, "parent_size": 1 << 20}
+_SMALL: Mapping[str, object] = {"files": 100, "parent_size": 1 << 20}
 """Parameters of those workloads, which make a trial short; a fault adds a part of what there is all the same."""
 
 
@@ -99,13 +102,30 @@ def _more(part: float) -> type[StoreTarget]:
     return type(f"More{part:.0%}", (MoreWork,), {"part": part})
 
 
-class SpaceLeft(StoreTarget):
-    """Removing a layer leaves a block of it behind."""
+class SlowNowAndThen(StoreTarget):
+    """One mount in ten takes five times as long."""
+
+    _mounts = 0
+
+    def mount(self, key: str) -> Path:
+        self._mounts += 1
+        with _Repeated(4.0 if self._mounts % 10 == 0 else 0.0):
+            return super().mount(key)
+
+
+class FileLeft(StoreTarget):
+    """Removing a layer leaves a file of so many bytes behind."""
+
+    size = 0
 
     def remove(self, key: str) -> None:
         super().remove(key)
         with tempfile.NamedTemporaryFile(dir=self._store.driver.root, delete=False) as left:
-            left.write(bytes(4096))
+            left.write(bytes(self.size))
+
+
+class SpaceLeft(FileLeft):
+    size = 4096
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ _UNCHANGED = "unchanged"
 
 
 def _slower_path(label: str, step: str) -> bool:
-    return (label.split(maxsplit=1)[0], step.removesuffix(calibration.PROCESSOR)) in (
+    return (label.split(maxsplit=1)[0], step.removesuffix(PROCESSOR).removesuffix(SLOWEST)) in (
         ("layer-lifecycle", "create"),
         ("diff-apply", "apply"),
         ("copyup-first-write", "make the layer"),
@@ -139,7 +159,9 @@ FAULTS: Mapping[str, Fault] = {
     "50 % more work": Fault(_more(0.50), _slower_path),
     "extra sync": Fault(ExtraSync, _slower_path),
     "lost sharing": Fault(LostSharing, lambda _label, counter: "copied" in counter or "fresh" in counter),
-    "space left": Fault(SpaceLeft, lambda _label, counter: "left" in counter),
+    "now and then slow": Fault(SlowNowAndThen, lambda _label, step: step == "mount" + SLOWEST),
+    "space left": Fault(SpaceLeft, lambda _label, counter: "bytes left" in counter),
+    "an inode left": Fault(FileLeft, lambda _label, counter: "inodes left" in counter),
 }
 _NO_FAULT: Mapping[str, Fault] = {_UNCHANGED: Fault(StoreTarget, lambda _label, _step: True)}
 
@@ -163,13 +185,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial: what the gate found wrong, by fault; ``figures`` is how many it judged for each."""
+    """One trial: what the gate found wrong, by fault.
+
+    Attributes:
+        figures: how many it judged for each.
+        code: the `_code` that was tried; trials of another one are neither counted nor gone on with.
+    """
 
     faulty: bool
     number: int
     figures: int
     seconds: float
     found: Mapping[str, Sequence[str]]
+    code: str = ""
 
 
 @click.command()
@@ -188,7 +216,7 @@ class Outcome:
     type=click.Path(path_type=Path),
     default=Path("gate-trial.jsonl"),
     show_default=True,
-    help="Every trial's findings; trials in it are not repeated.",
+    help="Every trial's findings; trials in it of this very code are not repeated.",
 )
 def main(
     driver: str,
@@ -205,7 +233,8 @@ def main(
     backing = backing or default_backing()
     userns.enter()
     settings = Settings(driver, parse_size(size), rounds, backing, whole_matrix)
-    done = _earlier(output, settings)
+    code = _code()
+    done = [outcome for outcome in _earlier(output, settings) if outcome.code == code]
     wanted = [(False, number) for number in range(quiet_trials)] + [(True, number) for number in range(fault_trials)]
     random.Random(1).shuffle(wanted)  # noqa: S311 - so that a slow hour meets both kinds
     known = {(outcome.faulty, outcome.number) for outcome in done}
@@ -223,7 +252,7 @@ def main(
                 progress(f"trial {position + 1} of {len(missing)}: {text}", (position + part) / len(missing))
 
             figures, found = _trial(settings, Path(place), faulty, number, interrupts, told)
-            done.append(Outcome(faulty, number, figures, time.monotonic() - begin, found))
+            done.append(Outcome(faulty, number, figures, time.monotonic() - begin, found, code))
             with open(output, "a") as kept:
                 kept.write(json.dumps(asdict(done[-1])) + "\n")
             words = "; ".join(f"{name}: {', '.join(keys) or 'nothing'}" for name, keys in found.items())
@@ -296,6 +325,15 @@ def _trial(
 def _smaller(work: Workload) -> Workload:
     fitting = {name: value for name, value in _SMALL.items() if name in work.parameters}
     return replace(work, **fitting)  # type: ignore[arg-type]
+
+
+def _code() -> str:
+    """Tells one state of layerfs's sources from every other."""
+    top, digest = Path(layerfs.__file__).parent, hashlib.sha256()
+    for file in sorted(top.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(top)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _earlier(file: Path, settings: Settings) -> list[Outcome]:

@@ -22,10 +22,10 @@ import layerfs.guest
 from layerfs.bench import calibration
 from layerfs.bench.cli import guest_request
 from layerfs.bench.compare import fewest
+from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.recorded import Key, Recorded, Subject, read, together
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError, OutOfSpace
 
-_MORE = 5  # rounds
 _SEEDS = 2**31  # as many as `layerfs bench --seed` takes
 BASE, AGAIN, HEAD = "base", "base again", "head"
 
@@ -83,11 +83,12 @@ def measure(
     base: Side,
     head: Side,
     options: Sequence[str],
+    workloads: Sequence[str],
     *,
     rounds: int,
     seed: int,
     calibrate: bool,
-    settled: Callable[[Measured], bool] = lambda _measured: True,
+    untold: Callable[[Measured], Collection[str]] = lambda _measured: (),
     seconds: float = 0,
     keep: Path | None = None,
     progress: Callable[[str, float], None] = lambda _text, _part: None,
@@ -96,9 +97,11 @@ def measure(
     """Measure both sides in turn.
 
     Args:
-        options: of ``layerfs bench``, the same for both.
-        rounds: at least, and as many as so many figures need if there is time; then more, five at a time, until what
-            was measured is ``settled``, or begun as long as they will be done in ``seconds`` from now.
+        options: of ``layerfs bench``, the same for both; ``workloads``: their names, none for its profile's.
+        rounds: at least, and as many as so many figures need if there is time; then half as many again and again, of
+            the workloads only that are ``untold``, until none is. Each look at the figures is a chance to err: hence
+            the larger and larger steps. Of those rounds, one is begun as long as it will be done in ``seconds`` from
+            the beginning.
         keep: a directory for the run files of every round.
         ignoring: facts of the machine in which the sides may differ, because that is what is compared.
 
@@ -111,16 +114,16 @@ def measure(
     arms = {BASE: base, HEAD: head, **({AGAIN: base} if calibrate else {})}
     order = random.Random(seed)  # noqa: S311
     found: dict[str, list[Recorded]] = {arm: [] for arm in arms}
-    number, began, failure = 0, time.monotonic(), ""
+    number, least, began, failure = 0, rounds, time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="layerfs-gate-") as scratch:
         folder = (keep or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            for arm in order.sample(list(arms), len(arms)):
-                done = sum(map(len, found.values()))
-                progress(f"round {number + 1} of {rounds}: {arm}", done / (rounds * len(arms)))
+            round_began = time.monotonic()
+            for place, arm in enumerate(order.sample(list(arms), len(arms))):
+                progress(f"round {number + 1} of {rounds}: {arm}", (number + place / len(arms)) / rounds)
                 file = folder / f"{number:03}-{arm.replace(' ', '-')}.json"
-                words = ["bench", "--no-native", "--rounds=1", *options]
+                words = ["bench", "--no-native", "--rounds=1", *options, *(f"--workload={name}" for name in workloads)]
                 words += [f"--seed={(seed + number) % _SEEDS}", f"--output={file}"]
                 try:
                     _told(arm, *arms[arm](words, folder))
@@ -133,15 +136,18 @@ def measure(
             if failure:
                 return _failed(found, failure, ignoring)
             number += 1
-            taken = time.monotonic() - began
+            now = time.monotonic()
+            taken, last = now - began, now - round_began
             if number == 1:
-                rounds = _enough(rounds, _together(found, ignoring), 2 if calibrate else 1, taken, seconds)
-            if number < rounds:
+                rounds = least = _enough(rounds, _together(found, ignoring), 2 if calibrate else 1, taken, seconds)
+            late = taken + last > seconds
+            if number < (least if late else rounds):
                 continue
             measured = _together(found, ignoring)
-            if settled(measured) or taken * (number + _MORE) / number > seconds:
+            workloads = sorted(untold(measured))
+            if not workloads or late:
                 return measured
-            rounds = number + _MORE
+            rounds = number + max(1, number // 2)
 
 
 def _enough(rounds: int, first: Measured, bases: int, taken: float, seconds: float) -> int:
@@ -183,13 +189,37 @@ def in_environment(environment: Path) -> Side:
 
     def run(words: Sequence[str], _folder: Path) -> tuple[int, str]:
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        command = [*_program(environment), *words]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=variables
-        )
-        return done.returncode, done.stderr
+        return _run([*_program(environment), *words], variables)
 
     return run
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[int, str]:
+    """The command's exit code, and what it said on the standard error.
+
+    It has a session of its own, so that only this process hears a terminal's Ctrl-C; then it is told to end, once, and
+    waited for, because it has mounts and loop devices to take down.
+    """
+    with (
+        Interrupts() as interrupts,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=variables,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            with interrupts.allowed():
+                said = process.communicate()[1]
+        except BaseException:
+            process.terminate()
+            process.communicate()
+            raise
+    return process.returncode, said
 
 
 def on_kernel(kind: str, kernel: str, size: int, place: Path) -> Side:
@@ -203,7 +233,7 @@ def on_kernel(kind: str, kernel: str, size: int, place: Path) -> Side:
         request = guest_request(
             words, kind, size, place, [folder], os.path.abspath(kernel) if "/" in kernel else kernel
         )
-        with tempfile.TemporaryFile("w+") as said, open(os.devnull, "wb") as nothing:
+        with tempfile.TemporaryFile("w+", errors="replace") as said, open(os.devnull, "wb") as nothing:
             try:
                 code = layerfs.guest.run(request, output=nothing.fileno(), errors=said.fileno())
             except (InvalidArgument, EnvironmentUnfit) as error:

@@ -12,6 +12,7 @@ from layerfs.bench.caches import write_back
 from layerfs.bench.content import Base
 from layerfs.bench.fingerprint import storage
 from layerfs.bench.target import Target
+from layerfs.driver import Usage
 from layerfs.walk import disk_usage
 
 NATIVE = "native"
@@ -73,7 +74,7 @@ class NativeTarget(Target):
     def held(self) -> int:
         raise NotImplementedError("the native control has no layers")
 
-    def used(self) -> int:
+    def used(self) -> Usage:
         raise NotImplementedError("the native control has no layers")
 
     def apply(self, key: str, diff: BinaryIO) -> int:

@@ -38,7 +38,7 @@ PROFILES: Mapping[str, Profile] = {
         (
             *("seqwrite-new", "rewrite-upper", "seqread-lower", "randread", "randwrite"),
             *("copyup-first-write", "layer-lifecycle", "diff-apply", "cache-share"),
-            *("append-many", "tree-walk", "change-tree", "deep-layers", "build-steps"),
+            *("append-many", "tree-walk", "change-tree", "deep-layers", "build-steps", "start-stop-density"),
         ),
         0.05,
         60,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from layerfs.bench import calibration, runfile, workload
+from layerfs.bench import calibration, figures, runfile, workload
 from layerfs.bench.results import Run
 from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
@@ -161,26 +162,29 @@ def parse(document: Any, name: str) -> Recorded:
         own = document["layerfs"]
         if own["format"] > runfile.FORMAT:
             raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
-        seconds: dict[Key, list[float]] = {}
-        counters: dict[CounterKey, list[int]] = {}
-        conditions: dict[Subject, Mapping[str, object]] = {}
+        parts: dict[str, _Part] = {}
         unsized = {work for work, kind in workload.discover().items() if not kind.sized}
         for benchmark in document["benchmarks"]:
-            extra = benchmark["extra_info"]
+            extra, data = benchmark["extra_info"], benchmark["stats"]["data"]
             label, target = extra["label"], extra["target"]
-            conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized)
-            seconds[Key(label, extra["step"], target)] = [float(value) for value in benchmark["stats"]["data"]]
-            if extra["processor"]:
-                step = extra["step"] + calibration.PROCESSOR
-                seconds[Key(label, step, target)] = [float(value) for value in extra["processor"]]
-            for counter, values in extra["counters"].items():
-                counters[CounterKey(label, counter, target)] = [int(value) for value in values]
+            states = _states(extra.get("cache", ()), len(data))
+            for state in dict.fromkeys(states):
+                part = parts.setdefault(state, _Part())
+                taken = [one == state for one in states]
+                times, processor = (list(map(float, _of(taken, some))) for some in (data, extra["processor"]))
+                latencies = [{float(t): int(number) for t, number in some} for some in _of(taken, extra["latencies"])]
+                found = figures.figures(extra["step"], times, processor, latencies)
+                part.seconds |= {Key(label, step, target): values for step, values in found.items()}
+                for counter, values in extra["counters"].items():
+                    part.counters[CounterKey(label, counter, target)] = list(map(int, _of(taken, values)))
+                part.conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized, state)
         thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
         failures = {Subject("", target): str(reason) for target, reason in own.get("left_out", {}).items()}
         for failure in own.get("failures", ()):
             failures[Subject(failure["workload"], failure["target"])] = str(failure["reason"])
         machine = dict(own["fingerprint"]["machine"])
-        return Recorded(name, machine, seconds, counters, thresholds, own["warnings"], conditions, failures)
+        common = Recorded(name, machine, {}, {}, thresholds, own["warnings"], {}, failures)
+        return together([common, *(replace(common, **vars(part)) for part in parts.values())], name)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
 
@@ -190,30 +194,55 @@ def taken(run: Run, name: str) -> Recorded:
     seconds: dict[Key, list[float]] = {}
     counters: dict[CounterKey, list[int]] = {}
     for series in run.series():
-        label, step, target = series.workload.label, series.step, series.target
-        seconds[Key(label, step, target)] = series.seconds
-        if series.processor:
-            seconds[Key(label, step + calibration.PROCESSOR, target)] = series.processor
-        for counter in series.samples[0].counters:
-            counters[CounterKey(label, counter, target)] = [sample.counters[counter] for sample in series.samples]
+        label, target = series.workload.label, series.target
+        seconds |= {Key(label, name, target): values for name, values in series.figures.items()}
+        counters |= {CounterKey(label, counter, target): values for counter, values in series.counters.items()}
     noises = {Key(n.workload, n.step, n.target): n.threshold for n in calibration.measured(run)}
     return Recorded(name, {}, seconds, counters, noises, run.warnings)
 
 
+@dataclass
+class _Part:
+    """What a run file has in one cache state."""
+
+    seconds: dict[Key, list[float]] = field(default_factory=dict)
+    counters: dict[CounterKey, list[int]] = field(default_factory=dict)
+    conditions: dict[Subject, Mapping[str, object]] = field(default_factory=dict)
+
+
 def together(runs: Sequence[Recorded], name: str) -> Recorded:
-    """The samples of several runs of the same thing, in their order."""
-    seconds = _gathered(samples for run in runs for samples in run.seconds.items())
-    counters = _gathered(samples for run in runs for samples in run.counters.items())
-    warnings = dict.fromkeys(warning for run in runs for warning in run.warnings)
+    """The samples of several runs of the same thing, in their order.
+
+    Samples that were taken in other conditions than most of the same subject are left out, which a warning says.
+    """
+    usual = {subject: _usual(subject, runs) for subject in dict.fromkeys(s for run in runs for s in run.conditions)}
+    warnings = [warning for run in runs for warning in run.warnings]
+    alike = []
+    for run in runs:
+        unlike = {s: "; ".join(found) for s, own in run.conditions.items() if (found := differences(usual[s], own))}
+        warnings += [f"{s.workload} on {s.target}: left out are samples with {why}" for s, why in unlike.items()]
+        seconds = {key: times for key, times in run.seconds.items() if Subject.of(key) not in unlike}
+        counters = {key: values for key, values in run.counters.items() if Subject.of(key) not in unlike}
+        alike.append((seconds, counters))
     return replace(
         runs[0],
         name=name,
-        seconds=seconds,
-        counters=counters,
-        warnings=list(warnings),
-        conditions={key: names for run in reversed(runs) for key, names in run.conditions.items()},
+        seconds=_gathered(samples for seconds, _ in alike for samples in seconds.items()),
+        counters=_gathered(samples for _, counters in alike for samples in counters.items()),
+        warnings=list(dict.fromkeys(warnings)),
+        conditions=usual,
         failures={key: reason for run in runs for key, reason in run.failures.items()},
     )
+
+
+def _usual(subject: Subject, runs: Sequence[Recorded]) -> Mapping[str, object]:
+    """The conditions that most of a subject's samples have."""
+    found: list[Mapping[str, object]] = []
+    for run in runs:
+        if subject in run.conditions:
+            samples = max((len(times) for key, times in run.seconds.items() if Subject.of(key) == subject), default=0)
+            found += [run.conditions[subject]] * samples
+    return max(found, key=found.count)
 
 
 def _gathered(samples: Iterable[tuple[_K, Sequence[_V]]]) -> dict[_K, list[_V]]:
@@ -227,14 +256,24 @@ def _of_first(key: _AnyKey) -> _AnyKey:
     return key._replace(target=first_of_pair(key.target) or key.target)
 
 
-def _conditions(benchmark: Any, fingerprint: Any, unsized: Collection[str]) -> dict[str, object]:
+def _states(caches: Sequence[Mapping[str, Any]], samples: int) -> list[str]:
+    """Of every sample, the cache's state and how it was reached."""
+    found = [f"{c['asked']} by {c['how']}{'' if c['as_asked'] else ', not reached'}" for c in caches]
+    return found if len(found) == samples else [" and ".join(sorted(set(found))) or "any"] * samples
+
+
+def _of(taken: Sequence[bool], values: Sequence[Any]) -> list[Any]:
+    """The values of some samples; all, where nobody knows whose they are."""
+    return list(itertools.compress(values, taken)) if len(values) == len(taken) else list(values)
+
+
+def _conditions(benchmark: Any, fingerprint: Any, unsized: Collection[str], cache: str) -> dict[str, object]:
     """Of a figure: parameters with the size, the cache's state and how it was reached, the backing, and the user."""
     extra = benchmark["extra_info"]
     meaningless = {"target", "size"} if extra["workload"] in unsized else {"target"}
-    reached = sorted({f"{cache['asked']} by {cache['how']}" for cache in extra.get("cache", ())})
     return {
         **{name: value for name, value in benchmark["params"].items() if name not in meaningless},
-        "cache": " and ".join(reached) or "any",
+        "cache": cache,
         "backing": fingerprint["targets"][extra["target"]]["backing"].get("filesystem"),
         **({"user": fingerprint["user"]} if "user" in fingerprint else {}),
     }

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from layerfs.bench import statistics
+from layerfs.bench import figures
 from layerfs.bench.caches import Reached
-from layerfs.bench.statistics import Interval
 from layerfs.bench.workload import Timing, Workload
 
 
@@ -64,8 +63,19 @@ class Series:
                 together[latency] = together.get(latency, 0) + number
         return together
 
-    def counter(self, name: str) -> Interval:
-        return statistics.median([sample.counters[name] for sample in self.samples if name in sample.counters])
+    @property
+    def figures(self) -> dict[str, list[float]]:
+        """What of it is compared, by name, with the seconds of every sample."""
+        return figures.figures(self.step, self.seconds, self.processor, [timing.latencies for timing in self.timings])
+
+    @property
+    def counters(self) -> dict[str, list[int]]:
+        """The values of each, of the samples that have it."""
+        found: dict[str, list[int]] = {}
+        for sample in self.samples:
+            for name, value in sample.counters.items():
+                found.setdefault(name, []).append(value)
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,11 @@ def split(samples: Iterable[Sample]) -> list[Series]:
     found = []
     for group in together.values():
         group.sort(key=lambda sample: sample.round)
-        first = group[0]
-        for number, timing in enumerate(first.timings):
-            timings = [sample.timings[number] for sample in group]
-            found.append(Series(first.target, first.workload, timing.step, group, timings))
+        steps: dict[str, list[tuple[Sample, Timing]]] = {}
+        for sample in group:
+            for timing in sample.timings:
+                steps.setdefault(timing.step, []).append((sample, timing))
+        for step, pairs in steps.items():
+            took_part, timings = zip(*pairs, strict=True)
+            found.append(Series(group[0].target, group[0].workload, step, took_part, timings))
     return found

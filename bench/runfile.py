@@ -109,7 +109,6 @@ def _benchmark(series: Series, first: Series) -> dict[str, object]:
 
 
 def _extra(series: Series) -> dict[str, object]:
-    first = series.samples[0]
     return {
         "workload": series.workload.name,
         "label": series.workload.label,
@@ -122,10 +121,7 @@ def _extra(series: Series) -> dict[str, object]:
         **({"courses": courses} if (courses := [[round(at, 6) for at in t.course] for t in series.timings])[0] else {}),
         "processor": series.processor,
         "rounds": [sample.round for sample in series.samples],
-        "counters": {
-            name: [sample.counters[name] for sample in series.samples if name in sample.counters]
-            for name in first.counters
-        },
+        "counters": series.counters,
         "cache": [
             {"asked": c.asked, "how": c.how, "resident": c.resident, "as_asked": c.as_asked}
             for c in (sample.cache for sample in series.samples)

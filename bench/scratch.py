@@ -21,7 +21,7 @@ from layerfs.bench.fingerprint import storage
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE, NativeTarget
 from layerfs.bench.target import Target
-from layerfs.driver import Mount
+from layerfs.driver import Mount, Usage
 from layerfs.errors import FailedPrecondition, NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
@@ -156,16 +156,18 @@ class StoreTarget(Target):
         with self._interrupts.held():
             write_back(self._store.driver.root)
             write_back(self._store.root)
-            return _allocated(self._store.root)
+            return _allocated(self._store.root).size
 
-    def used(self) -> int:
+    def used(self) -> Usage:
         root = self._store.driver.root
         with self._interrupts.held():
             write_back(root)
             if os.stat(root).st_dev == os.stat(self._store.root).st_dev:  # with others on one disk
                 return _allocated(self._store.root)
             space = os.statvfs(root)
-            return (space.f_blocks - space.f_bfree) * space.f_frsize
+            size = (space.f_blocks - space.f_bfree) * space.f_frsize
+            fixed = str(storage(root).get("filesystem")).startswith("ext")  # xfs frees inodes later, btrfs has no count
+            return Usage(size, space.f_files - space.f_ffree if fixed else -1)
 
     def apply(self, key: str, diff: BinaryIO) -> int:
         with self._interrupts.held():
@@ -198,11 +200,11 @@ def _destroy(backing: Backing) -> None:
         backing.destroy()
 
 
-def _allocated(root: Path) -> int:
-    """Bytes that a directory holds on its own file system, without what is mounted in it."""
+def _allocated(root: Path) -> Usage:
+    """What a directory holds on its own file system, without what is mounted in it."""
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return disk_usage(fd).size
+        return disk_usage(fd)
     finally:
         os.close(fd)
 

@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ class Interval:
     def spread(self) -> float:
         """Half the interval's width, as a part of the estimate."""
         return (self.high - self.low) / 2 / self.middle if self.middle else 0.0
+
+
+EXACT = 100
+"""Samples of both sides together up to which `difference` counts all ways; of more, it would take seconds."""
 
 
 def median(samples: Sequence[float]) -> Interval:
@@ -54,9 +59,10 @@ def mean_ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], weights
 
 
 def difference(samples: Sequence[float], reference: Sequence[float]) -> float:
-    """The probability that one source gave both, by the exact permutation test on the sum of ranks (Mann and Whitney).
+    """The probability that one source gave both, by the permutation test on the sum of ranks (Mann and Whitney).
 
-    No assumption about how noise is distributed, and ties (fio tells whole milliseconds) do no harm.
+    Exact up to `EXACT` samples, and beyond by the normal distribution that the sum of so many ranks has. No assumption
+    about how noise is distributed, and ties do no harm.
     """
     ordered = sorted([*samples, *reference])
     # Twice the mean of the ranks that equal values share, and so a whole number.
@@ -64,6 +70,11 @@ def difference(samples: Sequence[float], reference: Sequence[float]) -> float:
     fewer = min(samples, reference, key=len)
     expected = len(fewer) * (len(ordered) + 1)
     seen = abs(sum(rank[value] for value in fewer) - expected)
+    if len(ordered) > EXACT:
+        ties = sum(count**3 - count for count in Counter(ordered).values())
+        others, total = len(ordered) - len(fewer), len(ordered)
+        variance = len(fewer) * others / 3 * (total + 1 - ties / (total * (total - 1)))
+        return math.erfc(max(0, seen - 1) / math.sqrt(2 * variance)) if variance else 1.0
     ways = _ways([rank[value] for value in ordered], len(fewer))
     extreme = sum(number for total, number in ways.items() if abs(total - expected) >= seen)
     return extreme / math.comb(len(ordered), len(fewer))
@@ -123,6 +134,17 @@ def percentile(latencies: Mapping[float, int], part: float) -> float:
         if seen >= wanted:
             return latency
     raise ValueError("no latencies")
+
+
+def slowest(latencies: Mapping[float, int], part: float) -> float:
+    """The mean latency of that ``part`` (0 to 1) of all operations which took the longest; at least of one."""
+    wanted = left = max(1, round(part * sum(latencies.values())))
+    total = 0.0
+    for latency in sorted(latencies, reverse=True):
+        taken = min(left, latencies[latency])
+        total += taken * latency
+        left -= taken
+    return total / wanted
 
 
 def _resampled(samples: Sequence[float], source: random.Random) -> float:

@@ -33,11 +33,11 @@ def _table(run: Run) -> Table:
     for steps in _grouped(run):
         for number, rows in enumerate(steps):
             table.add_row(rows[0].workload.label if number == 0 else "", rows[0].step, *_cells(run.targets, rows))
-        for counter in steps[0][0].samples[0].counters:
+        for counter in dict.fromkeys(name for series in steps[0] for name in series.counters):
             values = {
-                series.target: round(series.counter(counter).middle)
+                series.target: round(statistics.median(series.counters[counter]).middle)
                 for series in steps[0]
-                if counter in series.samples[0].counters  # not every file system tells
+                if counter in series.counters  # not every file system tells
             }
             shown = {
                 target: format_size(value) if "bytes" in counter else f"{value:,}" for target, value in values.items()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from layerfs.bench.content import Base
+from layerfs.driver import Usage
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Target(ABC):
         """Bytes of the disk that everything on this target holds, with what its backing has not given back."""
 
     @abstractmethod
-    def used(self) -> int:
-        """Bytes in use on the backing, by everything on this target."""
+    def used(self) -> Usage:
+        """What everything on this target has in use on the backing; inodes only where that counts them at once."""
 
     @abstractmethod
     def apply(self, key: str, diff: BinaryIO) -> int:

@@ -132,7 +132,8 @@ def junit(comparison: Comparison) -> str:
             ElementTree.SubElement(case, "skipped", message=_clean(said))
     suite.attrib |= {"tests": str(len(suite)), "failures": str(failures), "skipped": str(skipped), "errors": "0"}
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    document: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return document.decode() + "\n"
 
 
 def as_json(comparison: Comparison) -> dict[str, object]:

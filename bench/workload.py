@@ -7,6 +7,7 @@ A workload is told a layer and never which driver is below it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -188,11 +189,15 @@ class Workload(ABC):
     def tear_down(self, layer: Layer) -> None:  # noqa: B027
         """Take away what `measure` left beside the layer itself; called also when it failed."""
 
+    @classmethod
+    def defaults(cls) -> dict[str, object]:
+        """The parameters by name as they are where none is given, without size and seed, which belong to the run."""
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("size", "seed", "swept")}
+
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters by name, without size and seed, which belong to the run."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("size", "seed", "swept")]
-        return {name: getattr(self, name) for name in names}
+        """The parameters by name."""
+        return {name: getattr(self, name) for name in self.defaults()}
 
     @property
     def variant(self) -> list[str]:
@@ -206,7 +211,8 @@ class Workload(ABC):
         return " ".join([self.name, *self.variant])
 
 
-def discover() -> dict[str, type[Workload]]:
+@functools.cache
+def discover() -> Mapping[str, type[Workload]]:
     """Every workload in ``bench/workloads/``, by name."""
     package = importlib.import_module("layerfs.bench.workloads")
     found: dict[str, type[Workload]] = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics as plain
 import subprocess
@@ -27,11 +29,13 @@ from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
-from layerfs.bench.results import Run, Sample
-from layerfs.bench.scratch import Scratch
+from layerfs.bench.profiles import PROFILES
+from layerfs.bench.results import Run, Sample, split
+from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 from layerfs.bench.workloads.cache_share import CacheShare
+from layerfs.bench.workloads.layer_lifecycle import LayerLifecycle
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
@@ -78,11 +82,34 @@ def test_the_probability_of_one_source_is_small_only_for_different_samples() -> 
     assert sum(p < 0.05 for p in found) <= 8, "identical sources are told apart about as often as it says"
 
 
+@pytest.mark.parametrize("digits", [9, 1], ids=["no ties", "ties"])
+def test_of_many_samples_not_every_way_is_counted_and_the_probability_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, digits: int
+) -> None:
+    source = random.Random(4)
+    first, second = ([round(source.gauss(middle, 1), digits) for _ in range(n)] for middle, n in ((10.5, 40), (10, 61)))
+    with monkeypatch.context() as patched:
+        patched.setattr(statistics, "EXACT", 101)
+        exact = statistics.difference(first, second)
+    monkeypatch.setattr(statistics, "_ways", None)
+    assert statistics.difference(first, second) == pytest.approx(exact, rel=0.05)
+    assert 1e-6 < exact < 0.5
+    assert statistics.difference([1.0] * 50, [1.0] * 60) == 1.0
+    assert statistics.difference([2.0] * 50, [1.0] * 60) < 1e-12
+
+
 def test_percentiles_are_of_operations_not_of_bins() -> None:
     latencies = {1.0: 98, 5.0: 1, 9.0: 1}
     assert statistics.percentile(latencies, 0.5) == 1.0
     assert statistics.percentile(latencies, 0.99) == 5.0
     assert statistics.percentile(latencies, 1.0) == 9.0
+
+
+def test_the_slowest_part_is_of_operations_not_of_bins() -> None:
+    latencies = {1.0: 17, 5.0: 2, 9.0: 1}
+    assert statistics.slowest(latencies, 0.1) == 7.0
+    assert statistics.slowest(latencies, 0.01) == 9.0
+    assert statistics.slowest(latencies, 1) == pytest.approx(1.8)
 
 
 # Caches
@@ -246,6 +273,24 @@ def test_a_job_writes_what_it_was_told_and_says_so(tmp_path: Path) -> None:
     assert sum(done.latencies.values()) == 64
 
 
+@pytest.mark.parametrize(
+    ("runtime", "latency", "seconds"),
+    [(2, 20_000, 0.00128), (71, 475_674, 0.070), (2, 125_000, 0.002), (0, 10_000, 0.00064), (1, 0, 0.001)],
+)
+def test_the_time_of_a_job_is_that_of_its_operations_where_the_milliseconds_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: int, latency: int, seconds: float
+) -> None:
+    """A final fsync is no operation; several jobs at once have more of them than time."""
+    latencies = {"mean": latency, "N": 64}
+    done = {"io_bytes": 64, "total_ios": 64, "runtime": runtime, "lat_ns": latencies, "clat_ns": {"bins": {}}}
+    job = {"read": done, "usr_cpu": 0, "sys_cpu": 0, "job_runtime": 1}
+    program = tmp_path / "fio"
+    program.write_text(f"#!/bin/sh\necho '{json.dumps({'jobs': [job]})}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert fio.run(tmp_path / "file", "read", 1, 64, seed=1).seconds == pytest.approx(seconds, abs=1e-9, rel=1e-4)
+
+
 def test_no_block_that_fio_writes_is_like_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fio.run(tmp_path / name, "write", 1 << 16, 1 << 20, seed=seed)
@@ -355,6 +400,12 @@ def test_several_sizes_and_the_full_profile_make_more_of_them() -> None:
     assert {work.size for work in works} == {1 << 20, 4 << 20}
 
 
+def test_the_usual_parameters_of_a_workload_are_those_that_it_has_where_none_is_given() -> None:
+    for kind in workload.discover().values():
+        assert kind.defaults() == kind(1 << 20, 0).parameters
+    assert workload.discover() is workload.discover(), "looked for once"
+
+
 def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'seqwrote'.*seqwrite-new"):
         workload.chosen(["seqwrote"], [1 << 20], 0)
@@ -383,6 +434,54 @@ def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
             own = time.process_time() - before
     assert all(timing.operations == 1500 for taken in timings for timing in taken)
     assert sum(timing.processor for taken in timings for timing in taken) > own
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a loop device needs root here")
+@pytest.mark.parametrize(("backing", "counted"), [("ext4", True), ("dir", True), ("xfs", False)])
+def test_an_inode_that_a_removed_layer_leaves_is_counted(on_disk: Path, backing: str, counted: bool) -> None:
+    """Where the file system tells their number at once."""
+    if not shutil.which(f"mkfs.{backing}") and backing != "dir":
+        pytest.skip(f"needs mkfs.{backing}")
+    work = LayerLifecycle(1 << 20, 0, repetitions=3, files=10, parent_size=40960)
+
+    class Leaving(StoreTarget):
+        def remove(self, key: str) -> None:
+            super().remove(key)
+            (self._store.driver.root / f"left {next(numbers)}").touch()
+
+    numbers = itertools.count()
+    found = []
+    for kind in (StoreTarget, Leaving):
+        with Scratch(on_disk, Interrupts(), {"vfs": kind}) as scratch:
+            target = scratch.target("vfs", backing, 512 << 20)
+            target.build(work.base)
+            with target.fresh(work.base, scratch.shared, mounted=False) as layer:
+                work.measure(layer)
+                found.append(work.counters(layer).get("inodes left in use"))
+    assert found == ([0, 3] if counted else [None, None])
+
+
+@pytest.mark.parametrize("work", workload.chosen(["start-stop-density"], [1 << 20], 0), ids=lambda work: work.label)
+def test_layers_started_one_after_the_other_and_at_once_are_each_clocked(on_disk: Path, work: Workload) -> None:
+    """Where some wait for others, those are the slowest of all."""
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("vfs", None, 1 << 20)
+        assert work.base
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared, mounted=False) as layer:
+            timings = work.measure(layer)
+            work.counters(layer)
+    assert [(one.step, one.operations, sum(one.latencies.values())) for one in timings] == [
+        ("up", 20, 20),
+        ("down", 20, 20),
+    ]
+    assert all(max(one.latencies) <= one.seconds for one in timings)
+
+
+def test_the_default_profile_starts_layers_one_after_the_other_and_at_once() -> None:
+    works = workload.chosen(PROFILES["default"].workloads, [1 << 20], 0)
+    tasks = [work.parameters["tasks"] for work in works if "tasks" in work.swept]
+    assert tasks == [1, 8]
 
 
 # The run file and the table
@@ -417,6 +516,24 @@ def _run() -> Run:
         for number in range(5)
     ]
     return Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 30, 7, ["fast", "slow"], samples, {"kernel": "x"}, ["beware"])
+
+
+def test_a_sample_whose_steps_have_other_names_is_a_series_of_its_own() -> None:
+    work = _Work(1 << 20, 0)
+    steps = ["read", "read, not cold", "read"]
+    samples = [
+        Sample("fast", work, number, [Timing(step, number + 1.0), Timing("close", 1.0)], counters, None)
+        for number, step in enumerate(steps)
+        for counters in [{} if "not" in step else {"bytes": number}]
+    ]
+    found = {series.step: series for series in split(samples)}
+    assert {step: series.seconds for step, series in found.items()} == {
+        "read": [1.0, 3.0],
+        "read, not cold": [2.0],
+        "close": [1.0, 1.0, 1.0],
+    }
+    assert found["close"].counters == found["read"].counters == {"bytes": [0, 2]}
+    assert found["read, not cold"].counters == {}
 
 
 def test_pytest_benchmark_opens_a_run_file_and_sets_the_drivers_side_by_side(tmp_path: Path) -> None:

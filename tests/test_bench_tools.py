@@ -61,10 +61,11 @@ def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch
     found = {fault: keys for trial in trials for fault, keys in trial["found"].items()}
     assert set(found) == {
         *("unchanged", "5 % more work", "10 % more work", "20 % more work", "50 % more work"),
-        *("extra sync", "lost sharing", "space left"),
+        *("extra sync", "lost sharing", "now and then slow", "space left", "an inode left"),
     }
     assert any("bytes when fresh" in key for key in found["lost sharing"])
     assert any("bytes left in use" in key for key in found["space left"])
+    assert any("inodes left in use" in key for key in found["an inode left"])
     with open(output, "a") as torn:
         torn.write('{"faulty": tr')
     again = _module("gate_trial", *options, f"--output={output}")
@@ -72,6 +73,11 @@ def test_a_trial_finds_what_a_counter_shows_keeps_it_and_is_not_repeated(scratch
     assert "lost sharing" in again.stdout
     assert "of 2" not in again.stderr, "nothing was left to measure"
     assert len(output.read_text().splitlines()) == 3
+    output.write_text(output.read_text().replace(trials[0]["code"], "another", 1))
+    changed = _module("gate_trial", *options, f"--output={output}")
+    assert changed.returncode == 0, changed.stderr
+    assert "1 of 1" in changed.stderr, "what other code did is measured again"
+    assert len(output.read_text().splitlines()) == 4
     other = _module("gate_trial", "--rounds=7", f"--output={output}", f"--scratch={scratch}")
     assert other.returncode == 2
     assert "other settings" in other.stderr

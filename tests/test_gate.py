@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from layerfs.bench import compare, recorded, runfile, verdicts
+from layerfs.bench import compare, interleaved, recorded, runfile, verdicts
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.compare import Verdict
 from layerfs.bench.recorded import Key
@@ -49,12 +51,16 @@ def write(tmp_path: Path) -> Write:
         how: str = "read",
         target: str = "overlay2",
         left_out: Mapping[str, str] = MappingProxyType({}),
+        latencies: Sequence[float] = (),
+        caches: Sequence[Reached] = (),
     ) -> Path:
         work = discover()["copyup-first-write"](size, 0)
+        states = caches or [Reached(CacheState.WARM, how, 1.0)] * len(seconds)
         counters = {} if copied is None else {"bytes copied up": copied}
         samples = [
-            Sample(target, work, number, [Timing("open", value)], counters, Reached(CacheState.WARM, how, 1.0))
-            for number, value in enumerate(seconds)
+            Sample(target, work, number, [timing], counters, cache)
+            for number, (value, cache) in enumerate(zip(seconds, states, strict=True))
+            for timing in [Timing("open", value, latencies=Counter(value * part for part in latencies))]
         ]
         targets = {target: {"backing": {"filesystem": backing}}}
         facts = {"machine": machine or _MACHINE, "targets": targets, "user": user}
@@ -136,6 +142,33 @@ def test_both_measurements_of_a_calibrating_run_are_samples_of_one_driver() -> N
     assert joined.thresholds == {key: 0.2}
 
 
+def test_what_is_slow_only_now_and_then_is_seen(write: Write) -> None:
+    base = recorded.read(write("base.json", _noisy(0.1), latencies=[1] * 20))
+    head = recorded.read(write("head.json", _noisy(0.1, seed=2), latencies=[1] * 16 + [3] * 4))
+    found = {clock.key.step: clock for clock in compare.compare(base, head, {}).clocks}
+    assert {step: clock.verdict for step, clock in found.items()} == {
+        "open": Verdict.SAME,
+        "open (slowest tenth)": Verdict.WORSE,
+    }
+    assert found["open (slowest tenth)"].ratio.middle == pytest.approx(3, rel=0.1)
+
+
+def test_what_the_slowest_operations_cannot_tell_is_nobodys_business(write: Write) -> None:
+    """Few operations vary much, and more rounds would hardly help."""
+    source = random.Random(4)
+    varied = [source.lognormvariate(-2, 2) for _ in range(12)]
+    base = recorded.read(write("base.json", [0.1] * 12, latencies=[1] * 20))
+    head = recorded.read(write("head.json", [0.1] * 12, latencies=[1] * 20))
+    (slowest,) = (key for key in base.seconds if "slowest" in key.step)
+    wild = dataclasses.replace(head, seconds={**head.seconds, slowest: varied})
+    none = dataclasses.replace(head, seconds={key: times for key, times in head.seconds.items() if key != slowest})
+    for other in (wild, none):
+        found = compare.compare(base, other, {})
+        assert (found.verdict, found.untold) == (Verdict.SAME, set())
+        assert "slowest tenth" not in verdicts.markdown(found)
+    assert compare.compare(base, wild, {}).clocks[1].verdict is Verdict.UNCLEAR
+
+
 # The command
 
 
@@ -195,6 +228,21 @@ def test_compare_prints_and_never_fails_for_a_regression(write: Write) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "worse" in done.stdout
+
+
+@pytest.mark.parametrize("coding", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_locale_without_utf_8_is_no_error(write: Write, tmp_path: Path, coding: dict[str, str]) -> None:
+    files = [str(write("base.json", _noisy(1e-5))), str(write("head.json", _noisy(2e-5)))]
+    files_for_ci = [f"--markdown={tmp_path / 'found.md'}", f"--junit={tmp_path / 'junit.xml'}"]
+    environment = {**os.environ, "LC_ALL": "C", **coding}
+    for command, code in (("compare", 0), ("gate", 1)):
+        words = [*_LAYERFS, command, *files, *(files_for_ci if command == "gate" else [])]
+        done = subprocess.run(words, capture_output=True, check=False, env=environment)
+        assert done.returncode == code, done.stderr
+        assert b"10.0 ?s" in done.stdout
+        assert done.stdout.isascii()
+    assert "\N{GREEK SMALL LETTER MU}s" in (tmp_path / "found.md").read_text("utf-8")
+    assert ElementTree.parse(tmp_path / "junit.xml").getroot().attrib["failures"] == "1"  # noqa: S314 - our own
 
 
 def test_markdown_stays_below_the_limit_and_keeps_the_worst() -> None:
@@ -260,6 +308,42 @@ def test_what_was_measured_differently_is_not_compared(write: Write, changed: di
     for refused in (_compare(base, head), _gate(base, head, "--force")):
         assert refused.returncode == 2
         assert named in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [
+        (Reached(CacheState.WARM, "fadvise", 1.0), "cache 'warm by read' and 'warm by fadvise'"),
+        (Reached(CacheState.WARM, "read", 0.5), "cache 'warm by read' and 'warm by read, not reached'"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_sample_of_other_conditions_is_left_out_and_named(
+    write: Write, odd: Reached, named: str, at_once: bool
+) -> None:
+    """In a run of many rounds, and among runs of one round each."""
+    base = recorded.read(write("base.json", _noisy(0.1)))
+    warm = Reached(CacheState.WARM, "read", 1.0)
+    caches, seconds = [odd, *[warm] * 11], [9.0, *_noisy(0.1, 11, seed=2)]
+    if at_once:
+        head = recorded.read(write("head.json", seconds, caches=caches))
+    else:
+        pairs = list(zip(seconds, caches, strict=True))
+        runs = [recorded.read(write("head.json", [value], caches=[cache])) for value, cache in pairs]
+        head = recorded.together(runs, "head")
+    found = compare.compare(base, head, {})
+    (clock,) = found.clocks
+    assert (clock.verdict, clock.samples, found.verdict) == (Verdict.SAME, (12, 11), Verdict.SAME)
+    assert [named in warning for warning in found.warnings].count(True) == 1
+    assert len(head.counters[found.counters[0].key]) == 11
+
+
+def test_conditions_that_most_samples_have_are_those_of_the_figure(write: Write) -> None:
+    caches = [Reached(CacheState.WARM, "read", 0.5)] * 7 + [Reached(CacheState.WARM, "read", 1.0)] * 5
+    base, head = write("base.json", _noisy(0.1)), write("head.json", _noisy(0.1), caches=caches)
+    refused = _compare(base, head)
+    assert refused.returncode == 2
+    assert "'warm by read, not reached'" in refused.stderr
 
 
 def test_of_runs_that_are_alike_only_in_part_the_rest_is_named(write: Write, tmp_path: Path) -> None:
@@ -389,6 +473,88 @@ def test_more_rounds_are_measured_while_something_is_unclear(environments: tuple
             else:
                 assert gate.wait() in (0, 1)
         assert len(os.listdir(keep)) >= 3 * rounds
+
+
+def test_only_what_cannot_be_told_is_measured_again_in_longer_and_longer_steps(tmp_path: Path) -> None:
+    works = {name: discover()[name](1 << 20, 0) for name in ("randread", "append-many")}
+    asked: list[list[str]] = []
+    looks: list[int] = []
+
+    def side(words: Sequence[str], _folder: Path) -> tuple[int, str]:
+        given = [word.removeprefix("--workload=") for word in words if word.startswith("--workload=")]
+        (file,) = (word.removeprefix("--output=") for word in words if word.startswith("--output="))
+        samples = [Sample("vfs", works[name], 0, [Timing("whole", 1.0)], {}, None) for name in given or works]
+        facts = {"machine": _MACHINE, "targets": {"vfs": {"backing": {}}}}
+        run = Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 20, 7, ["vfs"], samples, facts, [])
+        runfile.write(runfile.document(run), Path(file))
+        asked.append(given)
+        return 0, ""
+
+    def untold(measured: interleaved.Measured) -> set[str]:
+        looks.append(len(measured.head.seconds[Key("append-many", "whole", "vfs")]))
+        return {"append-many"} if looks[-1] < 20 else set()
+
+    options: Mapping[str, Any] = {"rounds": 6, "seed": 1, "calibrate": False, "keep": tmp_path, "untold": untold}
+    found = interleaved.measure(side, side, [], [], seconds=10**6, **options)
+    assert asked == [[]] * 12 + [["append-many"]] * 44
+    assert looks == [6, 9, 13, 19, 28]
+    assert {key.workload: len(times) for key, times in found.base.seconds.items()} == {"append-many": 28, "randread": 6}
+    looks.clear()
+    interleaved.measure(side, side, [], [], seconds=0, **options)
+    assert looks == [6], "there was no time for more"
+
+
+def test_what_is_surely_worse_needs_no_more_rounds(write: Write) -> None:
+    base, unclear = write("base.json", _noisy(0.1)), write("unclear.json", [0.01, 0.9, 0.1, 0.2, 0.5, 0.05])
+    worse = write("worse.json", [0.01, 0.9, 0.1, 0.2, 0.5, 0.05], copied=1 << 20)
+    for head, untold in ((base, set()), (unclear, {"copyup-first-write"}), (worse, set())):
+        assert compare.compare(recorded.read(base), recorded.read(head), {}).untold == untold
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_gate_lets_the_measurement_clean_up(
+    environments: tuple[Path, Path], number: signal.Signals
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a loop device needs root here")
+    place = Path("/var/tmp") / f"layerfs-test-gate-{os.getpid()}"  # on a disk
+    place.mkdir()
+    try:
+        options = ["--driver=overlay2", "--size=1M", "--workload=layer-lifecycle", "--backing=ext4"]
+        with subprocess.Popen(
+            [*_LAYERFS, "gate", *map(str, environments), *options, f"--scratch={place}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as gate:
+            while not _mounted(place) and gate.poll() is None:
+                time.sleep(0.02)
+            gate.send_signal(number)
+            said = gate.communicate()[1]
+        assert (gate.returncode, said) == (130, "layerfs: interrupted\n")
+        assert _left(place) == []
+    finally:
+        for mount in reversed(_mounted(place)):
+            subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(place)
+
+
+def _mounted(place: Path) -> list[str]:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [mount for mount in mounts if mount.startswith(f"{place}/")]
+
+
+def _left(place: Path) -> list[str]:
+    """Mounts, loop devices, processes and files of what works in a directory."""
+    files = [*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")]
+    return [*_mounted(place), *(text for text in map(_text, files) if str(place) in text), *os.listdir(place)]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def test_rounds_that_can_tell_nothing_are_refused_after_the_first(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from layerfs.bench.target_name import driver_of
@@ -46,12 +44,11 @@ class Cell:
     @property
     def defaults(self) -> dict[str, object]:
         """The workload's parameters where nothing is given."""
-        fields = dataclasses.fields(_kind(self.workload))
-        return {field.name: field.default for field in fields if field.name not in ("seed", "swept")}
+        return _kind(self.workload).defaults()
 
     def parameters(self, scale: Scale) -> dict[str, object]:
         """Every parameter of the workload, size among them. Raises `InvalidArgument` for one that it does not have."""
-        found = {**self.defaults, "size": scale["large"]}
+        found = {"size": scale["large"], **self.defaults}
         for name, value in self.given.items():
             if name not in found:
                 raise InvalidArgument(f"the workload {self.workload!r} has no parameter {name!r}")
@@ -243,15 +240,10 @@ def amount(size: object) -> str:
     return format_size(int(str(size))).replace(".0", "")
 
 
-@cache
-def _workloads() -> dict[str, type[Workload]]:
-    return discover()
-
-
 def _kind(name: str) -> type[Workload]:
-    if name not in _workloads():
+    if name not in discover():
         raise InvalidArgument(f"there is no workload {name!r}")
-    return _workloads()[name]
+    return discover()[name]
 
 
 def _value(value: object, default: object, scale: Scale) -> object:

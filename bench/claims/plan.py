@@ -75,7 +75,7 @@ def hindrance(cell: Cell, scale: Scale, left_out: Mapping[str, str]) -> str:
 def _varied(kind: type[Workload], used: Sequence[Mapping[str, object]], scale: Scale) -> tuple[str, ...]:
     """The parameters that have to be in the label, for no two of the variants to have one label."""
     names = [name for name in used[0] if len({str(parameters[name]) for parameters in used}) > 1]
-    usual = kind(size=scale["large"], seed=0).parameters
+    usual = kind.defaults()
     return tuple(
         name for name in used[0] if name in names or str(used[0][name]) != str(usual.get(name, scale["large"]))
     )

@@ -242,7 +242,7 @@ def cache_sharing(machine: Machine) -> Panel:
 
 def density(machine: Machine) -> Panel:
     """Many layers made and mounted one after the other, then taken down."""
-    figures = _by_size(machine.of("start-stop-density"))
+    figures = [f for f in _by_size(machine.of("start-stop-density")) if f.parameters.get("tasks") == 1]
     if not figures:
         wanted = "layerfs bench --driver all --profile full --workload start-stop-density"
         return Panel("density", "Many layers", wanted=wanted)

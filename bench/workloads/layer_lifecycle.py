@@ -19,8 +19,8 @@ class LayerLifecycle(Workload):
     """What a container's start and stop cost the storage, over a parent of 500 small files.
 
     Counted are the mounts that a layer takes, and what is there in the end and was not at the beginning, which removing
-    has left: open files for each layer, space in use, and with ``written`` bytes written into each layer what the disk
-    holds, which the backing has not given back.
+    has left: open files for each layer, space in use and inodes where the backing counts them at once, and with
+    ``written`` bytes written into each layer what the disk holds, which the backing has not given back.
     """
 
     name = "layer-lifecycle"
@@ -78,8 +78,12 @@ class LayerLifecycle(Workload):
         write_random(root / "written.dat", self.written, self.seed)
 
     def _space(self, target: Target) -> dict[str, int]:
-        used = {"bytes left in use": target.used()}
-        return {**used, "bytes left on disk": target.held()} if self.written else used
+        used = target.used()
+        return {
+            "bytes left in use": used.size,
+            **({"inodes left in use": used.inodes} if used.inodes >= 0 else {}),
+            **({"bytes left on disk": target.held()} if self.written else {}),
+        }
 
     _counted: ClassVar[dict[str, dict[str, int]]] = {}
 

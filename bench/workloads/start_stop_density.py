@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,14 +15,17 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class StartStopDensity(Workload):
-    """What it costs that others are there already: the rate over the whole ramp, and space for each layer."""
+    """What it costs that others are there already, or are made at the same time: the rate over the whole ramp, how long
+    each layer took, which grows where they wait for each other, and space for each layer.
+    """
 
     name = "start-stop-density"
     summary = "make and mount many layers on one parent, all at once mounted, then unmount and remove them"
     sized = False
     mounted = False
     about_layers = True
-    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"layers": (20, 100, 1000), "tasks": (1, 8)}
+    sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (1, 8)}
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"layers": (20, 100, 1000)}
 
     layers: int = 20
     tasks: int = 1
@@ -38,27 +42,33 @@ class StartStopDensity(Workload):
 
     def measure(self, layer: Layer) -> list[Timing]:
         target, keys = layer.target, self._keys(layer)
-        risen: list[float] = []
-        fallen: list[float] = []
 
         def start(key: str) -> None:
             target.create(key, self.base)
             target.mount(key)
-            risen.append(clock.so_far)
 
         def stop(key: str) -> None:
             target.unmount(key)
             target.remove(key)
-            fallen.append(clock.so_far)
+
+        up = self._all("up", start, keys)
+        self._sizes[layer.key] = target.occupied(keys[-1])
+        return [up, self._all("down", stop, keys)]
+
+    def _all(self, step: str, work: Callable[[str], None], keys: Sequence[str]) -> Timing:
+        done: list[float] = []
+        latencies: list[float] = []
+
+        def clocked(key: str) -> None:
+            begin = clock.so_far
+            work(key)
+            end = clock.so_far
+            done.append(end)
+            latencies.append(end - begin)
 
         clock = Stopwatch()
-        at_once(start, keys, self.tasks)
-        up = clock.lap("up", operations=self.layers, course=risen)
-        size = target.occupied(keys[-1])
-        self._sizes[layer.key] = size
-        clock = Stopwatch()
-        at_once(stop, keys, self.tasks)
-        return [up, clock.lap("down", operations=self.layers, course=fallen)]
+        at_once(clocked, keys, self.tasks)
+        return clock.lap(step, operations=self.layers, latencies=Counter(latencies), course=done)
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes of one layer": self._sizes.pop(layer.key)}

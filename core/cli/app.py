@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -170,6 +171,8 @@ def main(command: click.Command | None = None) -> int:
     The process is to end then: it ignores signals to end from there on.
     """
     _replace_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as much of a table as the locale can show
     with _termination_as_interrupt():
         try:
             code = (command or cli).main(prog_name=None if command else "layerfs", standalone_mode=False)
