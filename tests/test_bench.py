@@ -155,6 +155,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(scratch: Path, 
         (("--output", str(tmp_path)), "is a directory"),
         (("--output", str(tmp_path / "file" / "run.json")), "is no directory"),
         (("--output", str(tmp_path), "--guest"), "is a directory"),
+        (("--output", "/proc/run.json"), "'/proc/run.json' cannot be written"),
         (("--max-time", "1"), "--max-time has no effect"),
         (("--precision", "1"), "--precision has no effect"),
     ):
