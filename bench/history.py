@@ -22,7 +22,7 @@ from layerfs.bench.report.axes import seconds, size
 from layerfs.bench.report.data import Figure, Machine, RunFile
 from layerfs.cli.common import json_option
 from layerfs.cli.output import one_line, print_json
-from layerfs.errors import InvalidArgument
+from layerfs.errors import InvalidArgument, LayerfsError
 
 FEWEST = 3
 """Runs that make a course."""
@@ -135,7 +135,7 @@ def _runs(results: Path) -> list[RunFile]:
             document = recorded.document(file)
             if not claims.is_one(document):
                 runs.append(data.parse(document, file.name))
-        except InvalidArgument as error:
+        except LayerfsError as error:
             click.echo(f"Note: passed over: {one_line(str(error))}", err=True)
     return runs
 

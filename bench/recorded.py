@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +15,7 @@ from layerfs.bench.results import Run
 from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
 
+_MOST = 1e18  # above that a figure is none of a run's, and pictures would lose their scale
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
@@ -161,28 +164,64 @@ def parse(document: Any, name: str) -> Recorded:
         own = document["layerfs"]
         if own["format"] > runfile.FORMAT:
             raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
+        datetime.fromisoformat(document["datetime"])
         seconds: dict[Key, list[float]] = {}
         counters: dict[CounterKey, list[int]] = {}
         conditions: dict[Subject, Mapping[str, object]] = {}
         unsized = {work for work, kind in workload.discover().items() if not kind.sized}
-        for benchmark in document["benchmarks"]:
+        for benchmark in _list(document["benchmarks"]):
             extra = benchmark["extra_info"]
             label, target = extra["label"], extra["target"]
             conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized)
-            seconds[Key(label, extra["step"], target)] = [float(value) for value in benchmark["stats"]["data"]]
+            seconds[Key(label, extra["step"], target)] = samples(benchmark)
             if extra["processor"]:
                 step = extra["step"] + calibration.PROCESSOR
-                seconds[Key(label, step, target)] = [float(value) for value in extra["processor"]]
+                seconds[Key(label, step, target)] = [quantity(value) for value in extra["processor"]]
             for counter, values in extra["counters"].items():
-                counters[CounterKey(label, counter, target)] = [int(value) for value in values]
+                counters[CounterKey(label, counter, target)] = [int(quantity(value)) for value in values]
         thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
         failures = {Subject("", target): str(reason) for target, reason in own.get("left_out", {}).items()}
         for failure in own.get("failures", ()):
             failures[Subject(failure["workload"], failure["target"])] = str(failure["reason"])
         machine = dict(own["fingerprint"]["machine"])
         return Recorded(name, machine, seconds, counters, thresholds, own["warnings"], conditions, failures)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+    except NOT_A_RUN as error:
+        raise no_run(name, error) from error
+
+
+NOT_A_RUN = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+"""What reading fields of a document raises that is no run file."""
+
+
+def no_run(name: str, error: Exception) -> InvalidArgument:
+    """What to raise for one of `NOT_A_RUN`."""
+    fault = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {fault}")
+
+
+def samples(benchmark: Any) -> list[float]:
+    """Seconds of every sample. Raises one of `NOT_A_RUN` where they are not whole."""
+    seconds = [quantity(value) for value in benchmark["stats"]["data"]]
+    if not seconds or any(len(benchmark["extra_info"][name]) != len(seconds) for name in ("bytes", "operations")):
+        raise ValueError("samples are missing")
+    if not all(seconds):
+        raise ValueError("something took no time at all")
+    quantity(benchmark["params"]["size"])
+    return seconds
+
+
+def quantity(value: Any) -> float:
+    """A figure, of which JSON as Python reads it has NaN and Infinity, too. Raises `ValueError` for no figure."""
+    found = float(value)
+    if not math.isfinite(found) or not 0 <= found <= _MOST:
+        raise ValueError(f"{value!r} is no figure")
+    return found
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is wanted where there is {type(value).__name__}")
+    return value
 
 
 def taken(run: Run, name: str) -> Recorded:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from layerfs import registry
-from layerfs.bench import runfile
+from layerfs.bench import recorded, runfile
+from layerfs.bench.claims import evidence
 from layerfs.bench.cli import bench
 from layerfs.bench.report import article, axes, board, claims, data, page, panels, svg, tables
 from layerfs.bench.report.data import Machine
@@ -445,6 +446,88 @@ def test_without_a_file_to_write_it_prints_a_table(run_file: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "copyup-first-write: open" in done.stdout
     assert "Not measured" in done.stdout
+
+
+def _without(path: str, value: object = None) -> Callable[[dict[str, Any]], None]:
+    """Takes a field out of a document, or puts a value there; below ``*`` it is each benchmark's."""
+
+    def change(document: dict[str, Any]) -> None:
+        *way, last = path.split("/")
+        for place in document["benchmarks"] if way[:1] == ["*"] else [document]:
+            for name in way[way[:1] == ["*"] :]:
+                place = place[name]
+            place[last] = value
+            if value is None:
+                del place[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without("layerfs"),
+        _without("layerfs/format", "x"),
+        _without("layerfs/format", 99),
+        _without("layerfs/fingerprint", {}),
+        _without("layerfs/fingerprint/targets", []),
+        _without("layerfs/failures", [{}]),
+        _without("benchmarks", {}),
+        _without("datetime", 3),
+        _without("*/params", []),
+        _without("*/params/size"),
+        _without("*/stats/data"),
+        _without("*/stats/data", []),
+        _without("*/stats/data", [0.0] * 6),
+        _without("*/stats/data", [math.nan] * 6),
+        _without("*/stats/data", ["x"] * 6),
+        _without("*/extra_info/bytes", [1]),
+        _without("*/extra_info/counters", 1),
+    ],
+)
+def test_no_command_takes_what_is_no_run_file(change: Callable[[dict[str, Any]], None]) -> None:
+    document = _document(["copyup-first-write"])
+    change(document)
+    for read in (
+        lambda: data.parse(document, "bad.json"),
+        lambda: evidence.parse(document, "bad.json", {"large": 1}),
+        lambda: recorded.parse(document, "bad.json"),
+    ):
+        with pytest.raises(InvalidArgument, match=r"bad\.json"):
+            read()
+
+
+def test_files_that_hold_something_else_are_refused_in_a_sentence_and_passed_over_by_history(
+    run_file: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "results"
+    (place / "folder.json").mkdir(parents=True)
+    whole = run_file.read_text()
+    for name, text in (
+        ("empty", ""),
+        ("other", '{"a": 1}'),
+        ("deep", "[" * 100_000),
+        ("cut", whole[: len(whole) // 2]),
+    ):
+        (place / f"{name}.json").write_text(text)
+    (place / "binary.json").write_bytes(b"\x9e\x00")
+    bad = sorted(place.iterdir())
+    for file in [*bad, tmp_path / "missing.json"]:
+        for arguments in (
+            ("report", file),
+            ("advise", "--builds", "--elsewhere", file),
+            ("claims", "-o", tmp_path / "verdicts.json", file),
+            ("compare", file, run_file),
+            ("compare", run_file, file),
+        ):
+            done = subprocess.run([*_LAYERFS, *map(str, arguments)], capture_output=True, text=True, check=False)
+            assert done.returncode == 2, (arguments, done.stderr)
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert file.name in done.stderr
+    history = subprocess.run([*_LAYERFS, "history", "--results", place], capture_output=True, text=True, check=False)
+    assert history.returncode == 2
+    assert len(history.stderr.splitlines()) == len(bad) + 1, history.stderr
+    assert history.stderr.splitlines()[-1].startswith("layerfs: ")
 
 
 def test_a_mistake_is_a_sentence_and_a_usage_error(run_file: Path, tmp_path: Path) -> None:

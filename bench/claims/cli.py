@@ -40,7 +40,7 @@ _file = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("runs", metavar="[RUN]...", nargs=-1, type=_file)
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--only", "ids", multiple=True, metavar="ID", help="Only this claim; may be repeated, or with commas.")
 @click.option("--list", "listing", is_flag=True, help="List the claims with their rules and end.")
 @click.option("--profile", type=click.Choice(list(_SECONDS)), default="default", show_default=True, help="How much.")
