@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, workload
+from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, tasks, workload
 from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
@@ -31,6 +31,7 @@ from layerfs.bench.results import Run, Sample
 from layerfs.bench.scratch import Scratch
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workloads.append_files import AppendMany
 from layerfs.bench.workloads.cache_share import CacheShare
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
@@ -371,18 +372,33 @@ def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -
                 assert set(work.counters(layer)) == (set() if why else {"bytes cached"})
 
 
-def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("work", "done"),
+    [(TreeWalk(1 << 20, 0, files=500, tasks=3), 1500), (AppendMany(1 << 20, 0, files=500, tasks=3), 500)],
+)
+def test_the_tasks_of_a_workload_are_processes(work: TreeWalk | AppendMany, done: int, on_disk: Path) -> None:
     """Threads would wait for each other: then all processor time that is used is this process's."""
-    work = TreeWalk(1 << 20, 0, files=500, tasks=3)
     with Scratch(on_disk, Interrupts()) as scratch:
         target = scratch.target("native", None, 1 << 20)
         target.build(work.base)
         with target.fresh(work.base, scratch.shared) as layer:
+            sizes = {path: path.stat().st_size for path in layer.path.rglob("*") if path.is_file()}
             before = time.process_time()
-            timings = [work.measure(layer) for _ in range(5)]
+            timings = [timing for _ in range(5) for timing in work.measure(layer)]
             own = time.process_time() - before
-    assert all(timing.operations == 1500 for taken in timings for timing in taken)
-    assert sum(timing.processor for taken in timings for timing in taken) > own
+            grown = [path.stat().st_size - size for path, size in sizes.items()]
+    assert all(timing.operations == done for timing in timings)
+    assert sum(timing.processor for timing in timings) > own
+    assert len(grown) == 500
+    assert set(grown) == {5 * len("one more line\n") if isinstance(work, AppendMany) else 0}
+
+
+def test_a_task_that_fails_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(LayerfsError, match="No such file or directory"),
+        tasks.ready("append", tmp_path / "missing", [["file"]]) as writers,
+    ):
+        writers.do("append")
 
 
 # The run file and the table
