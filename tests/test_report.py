@@ -223,6 +223,60 @@ def test_the_size_sweep_marks_memory_and_shows_the_articles_points() -> None:
     assert all(one.attrib["d"].count(",") == 19 for one in theirs)
 
 
+def _given(document: dict[str, Any], size: int, **parameters: object) -> None:
+    """The figures of a size are of other parameters."""
+    for benchmark in document["benchmarks"]:
+        if benchmark["params"]["size"] == size:
+            benchmark["params"] |= parameters
+
+
+def test_a_size_sweep_joins_no_variants_and_names_what_it_shows() -> None:
+    sizes = [_MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB]
+    document = _document(["seqwrite-new"], sizes)
+    for size, block, fsync in zip(sizes, (4096, 4096, 65536, 65536), (True, True, False, False), strict=True):
+        _given(document, size, block=block, fsync=fsync)
+    (machine,) = _machines(document)
+    pictures = panels.size_sweep(machine).pictures
+    assert {name: _title(picture) for name, picture in pictures.items()} == {
+        "size-seqwrite-new-64k-no-fsync": "Write a new file in 64K blocks, no fsync",
+        "size-seqwrite-new-4k-fsync": "Write a new file in 4K blocks, then fsync",
+    }
+    for picture in pictures.values():
+        for target in _TIMES:
+            shown = [one.text for one in picture.iter("title") if str(one.text).startswith(f"{target},")]
+            assert len(shown) == 2, shown
+    _given(document, sizes[1], block=16384)
+    _given(document, sizes[3], block=16384)
+    (machine,) = _machines(document)
+    assert panels.size_sweep(machine).pictures == {}, "one size of each variant is no sweep"
+
+
+@pytest.mark.parametrize(
+    ("panel", "name", "work", "parameters", "words"),
+    [
+        (panels.memory_sweep, "memory-write-1G", "knee-sweep", {"block": 4096}, "(1M)"),
+        (panels.cache_sharing, "cache", "cache-share", {"readers": 4}, "16M file"),
+        (panels.density, "density", "start-stop-density", {"tasks": 7}, "tasks"),
+        (panels.copy_up, "crossover", "copyup-crossover", {"state": "cold"}, "warm"),
+    ],
+)
+def test_other_panels_name_a_variant_too(
+    panel: Callable[[Machine], panels.Panel], name: str, work: str, parameters: Mapping[str, object], words: str
+) -> None:
+    document = _document([work], [_MIB, 16 * _MIB], full=True)
+    other = copy.deepcopy(document)
+    for size in (_MIB, 16 * _MIB):
+        _given(other, size, **parameters)
+    other["benchmarks"] = [b for b in other["benchmarks"] if b["params"]["size"] == _MIB]
+    document["benchmarks"] = other["benchmarks"] + document["benchmarks"]
+    (machine,) = _machines(document)
+    assert words in _title(panel(machine).pictures[name])
+
+
+def _title(picture: ElementTree.Element) -> str:
+    return next(str(one.text) for one in picture.iter("text") if one.attrib.get("class") == "title")
+
+
 def test_the_articles_points_are_all_there_but_for_the_column_that_is_void() -> None:
     points = article.points()
     assert sum(map(len, points.values())) == 570 - 19

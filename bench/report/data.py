@@ -13,6 +13,7 @@ from typing import Any
 from layerfs.bench import recorded, statistics
 from layerfs.bench.native import NATIVE
 from layerfs.bench.recorded import quantity
+from layerfs.bench.report.axes import value_words
 from layerfs.bench.statistics import Interval
 from layerfs.bench.target_name import AGAIN
 
@@ -24,7 +25,7 @@ class Figure:
     """One step of one workload on one target in one run.
 
     Attributes:
-        parameters: of the workload, by name, without its size.
+        parameters: of the workload, by name, without its size; ``state`` is the cache's, for every workload.
         seconds: of every sample; ``amounts``: bytes or operations of every sample, as ``unit`` says.
         unit: ``B/s``, ``op/s`` or ``s``.
         latencies: of all samples together, as in `layerfs.bench.workload.Timing`.
@@ -151,6 +152,11 @@ class Machine:
                 values.setdefault(figure.workload, {}).setdefault(name, set()).add(value)
         return {work: [n for n, found in names.items() if len(found) > 1] for work, names in values.items()}
 
+    def words(self, figure: Figure, *but: str) -> list[str]:
+        """What sets its variant of the workload apart from the others that were measured, without some parameters."""
+        names = [name for name in self.varied.get(figure.workload, []) if name not in but]
+        return [value_words(name, figure.parameters.get(name)) for name in names]
+
 
 def grouped(runs: Iterable[RunFile]) -> list[Machine]:
     """By machine, in the order of time."""
@@ -189,6 +195,7 @@ def _figure(benchmark: Any) -> Figure:
     extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
     parameters.pop("target", None)
     size = int(quantity(parameters.pop("size")))
+    parameters.setdefault("state", " and ".join(sorted({str(c["asked"]) for c in extra.get("cache", ())})) or "any")
     seconds = recorded.samples(benchmark)
     operations = [quantity(value) for value in extra["operations"]]
     moved = [quantity(value) for value in extra["bytes"]]
