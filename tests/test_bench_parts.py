@@ -33,6 +33,7 @@ from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
 from layerfs.bench.workloads.append_files import AppendMany
 from layerfs.bench.workloads.cache_share import CacheShare
+from layerfs.bench.workloads.knee_sweep import KneeSweep
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
@@ -391,6 +392,19 @@ def test_the_tasks_of_a_workload_are_processes(work: TreeWalk | AppendMany, done
     assert sum(timing.processor for timing in timings) > own
     assert len(grown) == 500
     assert set(grown) == {5 * len("one more line\n") if isinstance(work, AppendMany) else 0}
+
+
+@pytest.mark.skipif(bool(KneeSweep.hindrance()), reason="takes root and memory control groups")
+def test_a_size_sweep_below_a_memory_cap_has_more_than_whole_milliseconds(on_disk: Path) -> None:
+    """fio tells no less, which is all the time that a file of 1M takes."""
+    work = KneeSweep(1 << 20, 0)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 1 << 20)
+        with target.fresh(None, scratch.shared) as layer:
+            timings = [timing for _ in range(3) for timing in work.measure(layer)]
+    assert [timing.step for timing in timings[:2]] == ["write", "read"]
+    assert all(timing.bytes == 1 << 20 for timing in timings)
+    assert any(timing.seconds * 1000 % 1 for timing in timings)
 
 
 def test_a_task_that_fails_says_why(tmp_path: Path) -> None:
