@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from layerfs import registry
 from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, tasks, workload
 from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
@@ -371,6 +372,66 @@ def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -
             with target.fresh(work.base, scratch.shared) as layer:
                 assert [one.step for one in work.measure(layer)] == [f"first reader{why}", f"further reader{why}"]
                 assert set(work.counters(layer)) == (set() if why else {"bytes cached"})
+
+
+_ARC = """13 1 0x01 123 33456 5210 8104
+name                            type data
+hits                            4    7
+size                            4    {size}
+compressed_size                 4    99
+"""
+
+
+@pytest.mark.parametrize(
+    ("copies", "ending"), [(1.0, ""), (4.0, ""), (0.25, ", cache unseen"), (None, ", cache unseen")]
+)
+def test_what_a_cache_of_its_own_grows_by_is_counted_where_files_are_not_in_the_page_cache(
+    copies: float | None, ending: str, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ZFS in the kernel, which only a guest has: here its counters and mincore(2) are played."""
+    work, arc = CacheShare(4 << 20, 0, readers=4), tmp_path / "arcstats"
+    read, size = caches.read, 100 << 20
+
+    def into_the_arc(files: Sequence[Path]) -> str:
+        nonlocal size
+        size += round((copies or 0) * work.base.size / work.readers) * len(files)
+        arc.write_text(_ARC.format(size=size))
+        return read(files)
+
+    monkeypatch.setattr(caches, "_ARC", arc)
+    monkeypatch.setattr(caches, "read", into_the_arc)
+    monkeypatch.setattr(caches, "resident", lambda _file: 0.0)
+    if copies is not None:
+        arc.write_text(_ARC.format(size=size))
+    else:
+        monkeypatch.setattr(caches, "own_cache", lambda: None)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 64 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            steps = [one.step for one in work.measure(layer)]
+            counters = work.counters(layer)
+    assert steps == [f"first reader{ending}", f"further reader{ending}"]
+    assert counters == ({} if ending else {"bytes cached": round((copies or 0) * work.base.size)})
+
+
+def test_readers_on_a_real_pool_are_counted_where_their_files_are_cached(on_disk: Path) -> None:
+    """Through FUSE that is the page cache, a copy for each dataset; in the kernel it is the ARC."""
+    probe = registry.load("zfs").probe(on_disk)
+    if not probe.usable:
+        pytest.skip(probe.reason)
+    work = CacheShare(4 << 20, 0, readers=3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("zfs", None, 512 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            steps = [one.step for one in work.measure(layer)]
+            counters = work.counters(layer)
+    assert steps == ["first reader", "further reader"]
+    if caches.own_cache() is None:
+        assert counters == {"bytes cached": 3 * work.base.size}
+    else:
+        assert counters["bytes cached"] < 2 * work.base.size
 
 
 @pytest.mark.parametrize(
