@@ -16,6 +16,7 @@ _COLD_AT_MOST = 0.02
 _WARM_AT_LEAST = 0.98
 _ATTEMPTS = 3
 _CHUNK = 1 << 20
+_ARC = Path("/proc/spl/kstat/zfs/arcstats")
 
 SETTLING = 0.3
 """Seconds after the caches were dropped, in which other programs read back what was theirs."""
@@ -104,7 +105,7 @@ def own_cache() -> int | None:
     See zfs(4); files of a ZFS in the kernel are in the page cache only while they are mapped.
     """
     with contextlib.suppress(OSError):
-        for line in Path("/proc/spl/kstat/zfs/arcstats").read_text().splitlines():
+        for line in _ARC.read_text().splitlines():
             if line.split()[:1] == ["size"]:
                 return int(line.split()[2])
     return None

@@ -22,12 +22,10 @@ from layerfs.bench.report.axes import seconds, size
 from layerfs.bench.report.data import Figure, Machine, RunFile
 from layerfs.cli.common import json_option
 from layerfs.cli.output import one_line, print_json
-from layerfs.errors import InvalidArgument
+from layerfs.errors import InvalidArgument, LayerfsError
 
 FEWEST = 3
 """Runs that make a course."""
-_SIZES = ("block", "memory", "file_size", "most", "parent_size", "change", "written")
-"""Parameters in bytes."""
 _BARS = "▁▂▃▄▅▆▇█"
 _PIPE_WIDTH = 200
 
@@ -66,21 +64,12 @@ def courses(machine: Machine) -> list[Course]:
     found = []
     for pairs in machine.courses.values():
         figure = pairs[0][1]
-        words = [value_words(name, figure.parameters.get(name)) for name in machine.varied.get(figure.workload, [])]
+        words = machine.words(figure)
         if len(sizes[figure.workload, figure.step]) > 1:
             words.append(size(figure.size))
         name = f"{' '.join([figure.workload, *words])}: {figure.step}"
         found.append(Course(name, figure.target, [run for run, _ in pairs], [one for _, one in pairs]))
     return found
-
-
-def value_words(name: str, value: object) -> str:
-    """A parameter's value for people, with its name where the value alone says nothing."""
-    if name in _SIZES and isinstance(value, int | float):
-        return size(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:g} %" if name == "percent" else f"{name} {value:g}"
-    return str(value)
 
 
 @click.command("history")
@@ -135,7 +124,7 @@ def _runs(results: Path) -> list[RunFile]:
             document = recorded.document(file)
             if not claims.is_one(document):
                 runs.append(data.parse(document, file.name))
-        except InvalidArgument as error:
+        except LayerfsError as error:
             click.echo(f"Note: passed over: {one_line(str(error))}", err=True)
     return runs
 

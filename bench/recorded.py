@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +16,7 @@ from layerfs.bench.results import Run
 from layerfs.bench.target_name import first_of_pair
 from layerfs.errors import InvalidArgument, refused
 
+_MOST = 1e18  # above that a figure is none of a run's, and pictures would lose their scale
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
@@ -162,21 +165,25 @@ def parse(document: Any, name: str) -> Recorded:
         own = document["layerfs"]
         if own["format"] > runfile.FORMAT:
             raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
+        datetime.fromisoformat(document["datetime"])
         parts: dict[str, _Part] = {}
         unsized = {work for work, kind in workload.discover().items() if not kind.sized}
-        for benchmark in document["benchmarks"]:
-            extra, data = benchmark["extra_info"], benchmark["stats"]["data"]
+        for benchmark in _list(document["benchmarks"]):
+            extra, data = benchmark["extra_info"], samples(benchmark)
             label, target = extra["label"], extra["target"]
             states = _states(extra.get("cache", ()), len(data))
             for state in dict.fromkeys(states):
                 part = parts.setdefault(state, _Part())
                 taken = [one == state for one in states]
-                times, processor = (list(map(float, _of(taken, some))) for some in (data, extra["processor"]))
-                latencies = [{float(t): int(number) for t, number in some} for some in _of(taken, extra["latencies"])]
+                times, processor = (list(map(quantity, _of(taken, some))) for some in (data, extra["processor"]))
+                latencies = [
+                    {quantity(t): int(number) for t, number in some} for some in _of(taken, extra["latencies"])
+                ]
                 found = figures.figures(extra["step"], times, processor, latencies)
                 part.seconds |= {Key(label, step, target): values for step, values in found.items()}
                 for counter, values in extra["counters"].items():
-                    part.counters[CounterKey(label, counter, target)] = list(map(int, _of(taken, values)))
+                    counted = [int(quantity(value)) for value in _of(taken, values)]
+                    part.counters[CounterKey(label, counter, target)] = counted
                 part.conditions[Subject(label, target)] = _conditions(benchmark, own["fingerprint"], unsized, state)
         thresholds = {Key(*key): part for key, part in calibration.thresholds(own["calibration"]).items()}
         failures = {Subject("", target): str(reason) for target, reason in own.get("left_out", {}).items()}
@@ -185,8 +192,43 @@ def parse(document: Any, name: str) -> Recorded:
         machine = dict(own["fingerprint"]["machine"])
         common = Recorded(name, machine, {}, {}, thresholds, own["warnings"], {}, failures)
         return together([common, *(replace(common, **vars(part)) for part in parts.values())], name)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+    except NOT_A_RUN as error:
+        raise no_run(name, error) from error
+
+
+NOT_A_RUN = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+"""What reading fields of a document raises that is no run file."""
+
+
+def no_run(name: str, error: Exception) -> InvalidArgument:
+    """What to raise for one of `NOT_A_RUN`."""
+    fault = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {fault}")
+
+
+def samples(benchmark: Any) -> list[float]:
+    """Seconds of every sample. Raises one of `NOT_A_RUN` where they are not whole."""
+    seconds = [quantity(value) for value in benchmark["stats"]["data"]]
+    if not seconds or any(len(benchmark["extra_info"][name]) != len(seconds) for name in ("bytes", "operations")):
+        raise ValueError("samples are missing")
+    if not all(seconds):
+        raise ValueError("something took no time at all")
+    quantity(benchmark["params"]["size"])
+    return seconds
+
+
+def quantity(value: Any) -> float:
+    """A figure, of which JSON as Python reads it has NaN and Infinity, too. Raises `ValueError` for no figure."""
+    found = float(value)
+    if not math.isfinite(found) or not 0 <= found <= _MOST:
+        raise ValueError(f"{value!r} is no figure")
+    return found
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is wanted where there is {type(value).__name__}")
+    return value
 
 
 def taken(run: Run, name: str) -> Recorded:

@@ -61,13 +61,19 @@ def check(file: Path) -> None:
     there = next(place for place in file.absolute().parents if place.exists())
     if not there.is_dir():
         raise InvalidArgument(f"{str(file)!r} cannot be written: {str(there)!r} is no directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InvalidArgument(f"{str(file)!r} cannot be written: {str(there)!r} does not allow it; name another place")
+    probe = there / _unfinished(file).name
+    try:  # access(2) allows root everything, also in /proc and other places that take no files
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InvalidArgument(
+            f"{str(file)!r} cannot be written: {error.strerror} in {str(there)!r}; name another place"
+        ) from error
 
 
 def write(contents: dict[str, object], file: Path) -> None:
     """Write a run's `document`, whole or not at all. Raises a `LayerfsError` naming the file."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = _unfinished(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -77,6 +83,10 @@ def write(contents: dict[str, object], file: Path) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise refused(f"writing the run file {str(file)!r}", error) from error
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def default_name(targets: Sequence[str], size: int, started: datetime) -> str:

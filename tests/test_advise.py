@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -25,9 +27,17 @@ _CAN = {"overlay2": ["ROOTLESS", "SHARED_CACHE"], "vfs": ["ROOTLESS"], "btrfs": 
 
 
 def _write(
-    file: Path, medians: Mapping[str, Mapping[str, float]], day: int = 1, spread: Sequence[float] = _STEADY
+    file: Path,
+    medians: Mapping[str, Mapping[str, float]],
+    day: int = 1,
+    spread: Sequence[float] = _STEADY,
+    parameters: Mapping[str, int] = MappingProxyType({}),
 ) -> Path:
-    """A run file with these medians of workload and driver, the same for every step and counter that needs ask for."""
+    """A run file with these medians of workload and driver, the same for every step and counter that needs ask for.
+
+    Args:
+        parameters: of the workloads, where not the usual ones.
+    """
     samples = []
     for name, drivers in medians.items():
         figures = [figure for need in needs.load() for figure in need.figures if figure.workload == name]
@@ -35,7 +45,7 @@ def _write(
         for driver, middle in drivers.items():
             for number, factor in enumerate(spread):
                 counters = {figure.counter: round(middle * 1e6) for figure in figures if figure.counter}
-                work = discover()[name](1 << 20, 0)
+                work = discover()[name](1 << 20, 0, **parameters)  # type: ignore[arg-type]
                 timings = [Timing(step, middle * factor) for step in steps]
                 samples.append(Sample(driver, work, number, timings, counters, None))
     targets = sorted({sample.target for sample in samples})
@@ -169,6 +179,22 @@ def test_the_newest_run_that_answers_is_taken(tmp_path: Path) -> None:
     assert _answer("--little-memory", cwd=tmp_path)["driver"] == "overlay2"
 
 
+def test_one_reader_says_nothing_of_what_many_share(tmp_path: Path) -> None:
+    alone = _write(tmp_path / "alone.json", {"cache-share": {"btrfs": 0.9, "overlay2": 1.0}}, parameters={"readers": 1})
+    done = _advise("--little-memory", "--elsewhere", alone)
+    assert done.returncode == 3
+    assert "--workload cache-share" in done.stderr
+    several = _write(
+        tmp_path / "four.json", {"cache-share": {"btrfs": 4.0, "overlay2": 1.0}}, parameters={"readers": 4}
+    )
+    both, added = json.loads(alone.read_text()), json.loads(several.read_text())
+    both["benchmarks"] += added["benchmarks"]
+    several.write_text(json.dumps(both))
+    answer = _answer("--little-memory", several)
+    assert answer["driver"] == "overlay2"
+    assert answer["ranking"][1]["ratio"] == pytest.approx(4)
+
+
 def test_without_flags_and_terminal_it_says_what_to_give(tmp_path: Path) -> None:
     done = _advise(cwd=tmp_path)
     assert done.returncode == 2
@@ -199,6 +225,7 @@ def test_the_needs_name_workloads_that_exist() -> None:
         for figure in need.figures:
             assert figure.workload in discover()
             assert bool(figure.steps) != bool(figure.counter)
+            assert set(figure.least) <= {field.name for field in dataclasses.fields(discover()[figure.workload])}
 
 
 def test_the_mean_of_ratios_is_geometric_and_weighted() -> None:

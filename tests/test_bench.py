@@ -122,6 +122,10 @@ def test_counters_show_what_sets_the_drivers_apart(scratch: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     extras = [b["extra_info"] for b in json.loads(file.read_text())["benchmarks"]]
     counters = {(e["label"], c, e["target"]): v[0] for e in extras for c, v in e["counters"].items()}
+    looked_up = [e["cache"] for e in extras if e["workload"] == "deep-layers"]
+    assert looked_up, "or what a driver has just copied would be known by name, and what it has mounted not"
+    assert all(state["asked"] == "cold" and state["as_asked"] for states in looked_up for state in states)
+    assert all(looked_up)
     if "overlay2" in wanted:
         assert counters["cache-share", "bytes cached", "overlay2"] < 5 << 20, "one place for four readers"
         assert counters["copyup-crossover 1", "bytes copied up", "overlay2"] >= 4 << 20
@@ -155,6 +159,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(scratch: Path, 
         (("--output", str(tmp_path)), "is a directory"),
         (("--output", str(tmp_path / "file" / "run.json")), "is no directory"),
         (("--output", str(tmp_path), "--guest"), "is a directory"),
+        (("--output", "/proc/run.json"), "'/proc/run.json' cannot be written"),
         (("--max-time", "1"), "--max-time has no effect"),
         (("--precision", "1"), "--precision has no effect"),
     ):

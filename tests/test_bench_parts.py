@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, workload
+from layerfs import registry
+from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, tasks, workload
 from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
@@ -34,7 +35,9 @@ from layerfs.bench.results import Run, Sample, split
 from layerfs.bench.scratch import Scratch, StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workloads.append_files import AppendMany
 from layerfs.bench.workloads.cache_share import CacheShare
+from layerfs.bench.workloads.knee_sweep import KneeSweep
 from layerfs.bench.workloads.layer_lifecycle import LayerLifecycle
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
@@ -422,18 +425,106 @@ def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -
                 assert set(work.counters(layer)) == (set() if why else {"bytes cached"})
 
 
-def test_the_tasks_of_a_tree_walk_are_processes(on_disk: Path) -> None:
+_ARC = """13 1 0x01 123 33456 5210 8104
+name                            type data
+hits                            4    7
+size                            4    {size}
+compressed_size                 4    99
+"""
+
+
+@pytest.mark.parametrize(
+    ("copies", "ending"), [(1.0, ""), (4.0, ""), (0.25, ", cache unseen"), (None, ", cache unseen")]
+)
+def test_what_a_cache_of_its_own_grows_by_is_counted_where_files_are_not_in_the_page_cache(
+    copies: float | None, ending: str, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ZFS in the kernel, which only a guest has: here its counters and mincore(2) are played."""
+    work, arc = CacheShare(4 << 20, 0, readers=4), tmp_path / "arcstats"
+    read, size = caches.read, 100 << 20
+
+    def into_the_arc(files: Sequence[Path]) -> str:
+        nonlocal size
+        size += round((copies or 0) * work.base.size / work.readers) * len(files)
+        arc.write_text(_ARC.format(size=size))
+        return read(files)
+
+    monkeypatch.setattr(caches, "_ARC", arc)
+    monkeypatch.setattr(caches, "read", into_the_arc)
+    monkeypatch.setattr(caches, "resident", lambda _file: 0.0)
+    if copies is not None:
+        arc.write_text(_ARC.format(size=size))
+    else:
+        monkeypatch.setattr(caches, "own_cache", lambda: None)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 64 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            steps = [one.step for one in work.measure(layer)]
+            counters = work.counters(layer)
+    assert steps == [f"first reader{ending}", f"further reader{ending}"]
+    assert counters == ({} if ending else {"bytes cached": round((copies or 0) * work.base.size)})
+
+
+def test_readers_on_a_real_pool_are_counted_where_their_files_are_cached(on_disk: Path) -> None:
+    """Through FUSE that is the page cache, a copy for each dataset; in the kernel it is the ARC."""
+    probe = registry.load("zfs").probe(on_disk)
+    if not probe.usable:
+        pytest.skip(probe.reason)
+    work = CacheShare(4 << 20, 0, readers=3)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("zfs", None, 512 << 20)
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            steps = [one.step for one in work.measure(layer)]
+            counters = work.counters(layer)
+    assert steps == ["first reader", "further reader"]
+    if caches.own_cache() is None:
+        assert counters == {"bytes cached": 3 * work.base.size}
+    else:
+        assert counters["bytes cached"] < 2 * work.base.size
+
+
+@pytest.mark.parametrize(
+    ("work", "done"),
+    [(TreeWalk(1 << 20, 0, files=500, tasks=3), 1500), (AppendMany(1 << 20, 0, files=500, tasks=3), 500)],
+)
+def test_the_tasks_of_a_workload_are_processes(work: TreeWalk | AppendMany, done: int, on_disk: Path) -> None:
     """Threads would wait for each other: then all processor time that is used is this process's."""
-    work = TreeWalk(1 << 20, 0, files=500, tasks=3)
     with Scratch(on_disk, Interrupts()) as scratch:
         target = scratch.target("native", None, 1 << 20)
         target.build(work.base)
         with target.fresh(work.base, scratch.shared) as layer:
+            sizes = {path: path.stat().st_size for path in layer.path.rglob("*") if path.is_file()}
             before = time.process_time()
-            timings = [work.measure(layer) for _ in range(5)]
+            timings = [timing for _ in range(5) for timing in work.measure(layer)]
             own = time.process_time() - before
-    assert all(timing.operations == 1500 for taken in timings for timing in taken)
-    assert sum(timing.processor for taken in timings for timing in taken) > own
+            grown = [path.stat().st_size - size for path, size in sizes.items()]
+    assert all(timing.operations == done for timing in timings)
+    assert sum(timing.processor for timing in timings) > own
+    assert len(grown) == 500
+    assert set(grown) == {5 * len("one more line\n") if isinstance(work, AppendMany) else 0}
+
+
+@pytest.mark.skipif(bool(KneeSweep.hindrance()), reason="takes root and memory control groups")
+def test_a_size_sweep_below_a_memory_cap_has_more_than_whole_milliseconds(on_disk: Path) -> None:
+    """fio tells no less, which is all the time that a file of 1M takes."""
+    work = KneeSweep(1 << 20, 0)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("native", None, 1 << 20)
+        with target.fresh(None, scratch.shared) as layer:
+            timings = [timing for _ in range(3) for timing in work.measure(layer)]
+    assert [timing.step for timing in timings[:2]] == ["write", "read"]
+    assert all(timing.bytes == 1 << 20 for timing in timings)
+    assert any(timing.seconds * 1000 % 1 for timing in timings)
+
+
+def test_a_task_that_fails_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(LayerfsError, match="No such file or directory"),
+        tasks.ready("append", tmp_path / "missing", [["file"]]) as writers,
+    ):
+        writers.do("append")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a loop device needs root here")

@@ -136,7 +136,7 @@ def _run(
         for target, every in times.items()
         for number, t in enumerate(every)
     ]
-    facts: dict[str, object] = {"machine": {}, "targets": {}}
+    facts: dict[str, object] = {"machine": {}, "targets": {target: {"backing": {}} for target in times}}
     run = Run(datetime(2026, 1, 31, tzinfo=UTC), 16 * _MIB, 7, list(times), samples, facts, [], failures)
     return evidence.parse(json.loads(json.dumps(runfile.document(run, more))), "run", {"largest": 1 << 30})
 
@@ -339,3 +339,15 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], says: str, tmp_path: 
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [[], ["--guest"]])
+@pytest.mark.parametrize("place", ["here/a", "file/a", "/proc/a", f"{'long' * 63}"])
+def test_where_verdicts_cannot_be_written_nothing_is_measured(place: str, more: list[str], tmp_path: Path) -> None:
+    (tmp_path / "here/a").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    done = _claims("--only=docs-overlay2-shares", "--driver=overlay2", "--size=1M", "-o", place, *more, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert place in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here"]

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from layerfs import registry
-from layerfs.bench import runfile
+from layerfs.bench import recorded, runfile
+from layerfs.bench.claims import evidence
 from layerfs.bench.cli import bench
 from layerfs.bench.report import article, axes, board, claims, data, page, panels, svg, tables
 from layerfs.bench.report.data import Machine
@@ -220,6 +221,60 @@ def test_the_size_sweep_marks_memory_and_shows_the_articles_points() -> None:
     theirs = [one for one in picture.iter("path") if "theirs" in one.attrib.get("class", "")]
     assert len(theirs) == 2, "overlay2 and btrfs; the article has no bare directory"
     assert all(one.attrib["d"].count(",") == 19 for one in theirs)
+
+
+def _given(document: dict[str, Any], size: int, **parameters: object) -> None:
+    """The figures of a size are of other parameters."""
+    for benchmark in document["benchmarks"]:
+        if benchmark["params"]["size"] == size:
+            benchmark["params"] |= parameters
+
+
+def test_a_size_sweep_joins_no_variants_and_names_what_it_shows() -> None:
+    sizes = [_MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB]
+    document = _document(["seqwrite-new"], sizes)
+    for size, block, fsync in zip(sizes, (4096, 4096, 65536, 65536), (True, True, False, False), strict=True):
+        _given(document, size, block=block, fsync=fsync)
+    (machine,) = _machines(document)
+    pictures = panels.size_sweep(machine).pictures
+    assert {name: _title(picture) for name, picture in pictures.items()} == {
+        "size-seqwrite-new-64k-no-fsync": "Write a new file in 64K blocks, no fsync",
+        "size-seqwrite-new-4k-fsync": "Write a new file in 4K blocks, then fsync",
+    }
+    for picture in pictures.values():
+        for target in _TIMES:
+            shown = [one.text for one in picture.iter("title") if str(one.text).startswith(f"{target},")]
+            assert len(shown) == 2, shown
+    _given(document, sizes[1], block=16384)
+    _given(document, sizes[3], block=16384)
+    (machine,) = _machines(document)
+    assert panels.size_sweep(machine).pictures == {}, "one size of each variant is no sweep"
+
+
+@pytest.mark.parametrize(
+    ("panel", "name", "work", "parameters", "words"),
+    [
+        (panels.memory_sweep, "memory-write-1G", "knee-sweep", {"block": 4096}, "(1M)"),
+        (panels.cache_sharing, "cache", "cache-share", {"readers": 4}, "16M file"),
+        (panels.density, "density", "start-stop-density", {"tasks": 7}, "tasks"),
+        (panels.copy_up, "crossover", "copyup-crossover", {"state": "cold"}, "warm"),
+    ],
+)
+def test_other_panels_name_a_variant_too(
+    panel: Callable[[Machine], panels.Panel], name: str, work: str, parameters: Mapping[str, object], words: str
+) -> None:
+    document = _document([work], [_MIB, 16 * _MIB], full=True)
+    other = copy.deepcopy(document)
+    for size in (_MIB, 16 * _MIB):
+        _given(other, size, **parameters)
+    other["benchmarks"] = [b for b in other["benchmarks"] if b["params"]["size"] == _MIB]
+    document["benchmarks"] = other["benchmarks"] + document["benchmarks"]
+    (machine,) = _machines(document)
+    assert words in _title(panel(machine).pictures[name])
+
+
+def _title(picture: ElementTree.Element) -> str:
+    return next(str(one.text) for one in picture.iter("text") if one.attrib.get("class") == "title")
 
 
 def test_the_articles_points_are_all_there_but_for_the_column_that_is_void() -> None:
@@ -445,6 +500,88 @@ def test_without_a_file_to_write_it_prints_a_table(run_file: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "copyup-first-write: open" in done.stdout
     assert "Not measured" in done.stdout
+
+
+def _without(path: str, value: object = None) -> Callable[[dict[str, Any]], None]:
+    """Takes a field out of a document, or puts a value there; below ``*`` it is each benchmark's."""
+
+    def change(document: dict[str, Any]) -> None:
+        *way, last = path.split("/")
+        for place in document["benchmarks"] if way[:1] == ["*"] else [document]:
+            for name in way[way[:1] == ["*"] :]:
+                place = place[name]
+            place[last] = value
+            if value is None:
+                del place[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without("layerfs"),
+        _without("layerfs/format", "x"),
+        _without("layerfs/format", 99),
+        _without("layerfs/fingerprint", {}),
+        _without("layerfs/fingerprint/targets", []),
+        _without("layerfs/failures", [{}]),
+        _without("benchmarks", {}),
+        _without("datetime", 3),
+        _without("*/params", []),
+        _without("*/params/size"),
+        _without("*/stats/data"),
+        _without("*/stats/data", []),
+        _without("*/stats/data", [0.0] * 6),
+        _without("*/stats/data", [math.nan] * 6),
+        _without("*/stats/data", ["x"] * 6),
+        _without("*/extra_info/bytes", [1]),
+        _without("*/extra_info/counters", 1),
+    ],
+)
+def test_no_command_takes_what_is_no_run_file(change: Callable[[dict[str, Any]], None]) -> None:
+    document = _document(["copyup-first-write"])
+    change(document)
+    for read in (
+        lambda: data.parse(document, "bad.json"),
+        lambda: evidence.parse(document, "bad.json", {"large": 1}),
+        lambda: recorded.parse(document, "bad.json"),
+    ):
+        with pytest.raises(InvalidArgument, match=r"bad\.json"):
+            read()
+
+
+def test_files_that_hold_something_else_are_refused_in_a_sentence_and_passed_over_by_history(
+    run_file: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "results"
+    (place / "folder.json").mkdir(parents=True)
+    whole = run_file.read_text()
+    for name, text in (
+        ("empty", ""),
+        ("other", '{"a": 1}'),
+        ("deep", "[" * 100_000),
+        ("cut", whole[: len(whole) // 2]),
+    ):
+        (place / f"{name}.json").write_text(text)
+    (place / "binary.json").write_bytes(b"\x9e\x00")
+    bad = sorted(place.iterdir())
+    for file in [*bad, tmp_path / "missing.json"]:
+        for arguments in (
+            ("report", file),
+            ("advise", "--builds", "--elsewhere", file),
+            ("claims", "-o", tmp_path / "verdicts.json", file),
+            ("compare", file, run_file),
+            ("compare", run_file, file),
+        ):
+            done = subprocess.run([*_LAYERFS, *map(str, arguments)], capture_output=True, text=True, check=False)
+            assert done.returncode == 2, (arguments, done.stderr)
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert file.name in done.stderr
+    history = subprocess.run([*_LAYERFS, "history", "--results", place], capture_output=True, text=True, check=False)
+    assert history.returncode == 2
+    assert len(history.stderr.splitlines()) == len(bad) + 1, history.stderr
+    assert history.stderr.splitlines()[-1].startswith("layerfs: ")
 
 
 def test_a_mistake_is_a_sentence_and_a_usage_error(run_file: Path, tmp_path: Path) -> None:

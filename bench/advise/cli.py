@@ -27,7 +27,7 @@ from layerfs.bench.statistics import Interval
 from layerfs.cli.common import json_option
 from layerfs.cli.output import print_json
 from layerfs.driver import Capability
-from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError
 from layerfs.kernel import userns
 from layerfs.sizes import format_size
 
@@ -47,7 +47,7 @@ def _flags(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("run", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.argument("run", metavar="[RUN]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_flags
 @click.option(
     "--require",
@@ -160,7 +160,7 @@ class Advice:
         """By driver, as each said of the very backing that it was measured on."""
         names = {name: flag for flag, name in _CAPABILITIES.items()}
         targets = self.run.fingerprint["targets"]
-        return {d: [names[c] for c in targets[d]["capabilities"] if c in names] for d in self.ranking.drivers}
+        return {d: [names[c] for c in targets[d].get("capabilities", ()) if c in names] for d in self.ranking.drivers}
 
     def _costs(self) -> list[Text]:
         """What it would be to choose another one, and where another one is better all the same."""
@@ -223,7 +223,7 @@ def _refused(run: Evidence, left_out: Mapping[str, str], required: Sequence[str]
     """Drivers of the run that cannot be had, or lack a capability there."""
     reasons = {}
     for target, facts in run.fingerprint["targets"].items():
-        lacking = [name for name in required if name not in facts["capabilities"]]
+        lacking = [name for name in required if name not in facts.get("capabilities", ())]
         if target in registry.names() and (target in left_out or lacking):
             words = ", ".join(name for name, flag in _CAPABILITIES.items() if flag in lacking)
             reasons[target] = left_out.get(target) or f"it cannot do {words} where it was measured"
@@ -260,7 +260,7 @@ def _kept() -> Iterable[Evidence]:
     for file in Path("results").glob("*.json"):
         try:
             found.append(_read(file))
-        except InvalidArgument:
+        except LayerfsError:
             continue
     return sorted(found, key=lambda run: run.started, reverse=True)
 

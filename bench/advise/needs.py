@@ -17,12 +17,14 @@ class Figure:
         shows: what it is, for people.
         steps: of the workload, whose seconds are added up; empty where ``counter`` is meant.
         counter: a counter's name; "" where the time is meant.
+        least: by parameter of the workload, the least value with which the figure says something of the need.
     """
 
     shows: str
     workload: str
     steps: tuple[str, ...]
     counter: str
+    least: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -45,4 +47,10 @@ def _need(entry: Mapping[str, Any]) -> Need:
 
 
 def _figure(entry: Mapping[str, Any]) -> Figure:
-    return Figure(entry["shows"], entry["workload"], tuple(entry.get("step", ())), entry.get("counter", ""))
+    return Figure(
+        entry["shows"],
+        entry["workload"],
+        tuple(entry.get("step", ())),
+        entry.get("counter", ""),
+        entry.get("least", {}),
+    )

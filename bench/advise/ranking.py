@@ -101,11 +101,14 @@ def _overall(measured: Sequence[Measured], weights: Sequence[float], driver: str
 
 
 def _samples(figure: Figure, run: Evidence, allowed: Collection[str]) -> dict[str, list[float]]:
-    """Of the variant of the workload that most drivers have and, among those, has the largest file."""
+    """Of the variant of the workload that most drivers have and, among those, has the largest file; not of one that
+    says nothing of the need."""
     variants: dict[tuple[tuple[str, str], ...], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for benchmark in run.benchmarks:
         extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
-        if extra["workload"] == figure.workload and parameters.pop("target") in allowed:
+        if extra["workload"] != figure.workload or parameters.pop("target") not in allowed:
+            continue
+        if all(parameters.get(name, 0) >= least for name, least in figure.least.items()):
             variant = tuple((name, str(value)) for name, value in parameters.items())
             variants.setdefault(variant, {}).setdefault(extra["target"], {})[extra["step"]] = benchmark
     found = [(dict(variant).get("size", "0"), _figures(figure, steps)) for variant, steps in variants.items()]

@@ -40,7 +40,7 @@ _file = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("runs", metavar="[RUN]...", nargs=-1, type=_file)
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--only", "ids", multiple=True, metavar="ID", help="Only this claim; may be repeated, or with commas.")
 @click.option("--list", "listing", is_flag=True, help="List the claims with their rules and end.")
 @click.option("--profile", type=click.Choice(list(_SECONDS)), default="default", show_default=True, help="How much.")
@@ -95,25 +95,26 @@ def claims(
         _list(chosen, as_json)
         return None
     scale = _scale(known, profile, size)
+    folder = Path("results") if Path("results").is_dir() else Path()
+    verdicts = output or folder / f"{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}-claims.json"
+    runfile.check(verdicts)
     if guest and not runs:
         return in_guest("claims", guest, scale["large"], output, scratch)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    folder = Path("results") if Path("results").is_dir() else Path()
-    name = f"{datetime.now(UTC).astimezone():%Y%m%d-%H%M%S}-claims"
     if runs:
         found = [evidence.read(file, scale) for file in runs]
     else:
-        file = (output.parent if output else folder) / f"{output.stem if output else name}-run.json"
+        file = verdicts.with_name(f"{verdicts.stem}-run.json")
+        runfile.check(file)
         found = [_measured(chosen, scale, profile, drivers, rounds, max_time, backing, scratch, seed, file, errors)]
     judgements = [judge(claim, found) for claim in chosen]
     contents = scoreboard.document(judgements, found)
-    output = output or folder / f"{name}.json"
-    runfile.write(contents, output)
+    runfile.write(contents, verdicts)
     if as_json:
         print_json(contents)
     else:
         Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(scoreboard.render(judgements))
-    click.echo(f"Verdict file: {output}", err=as_json)
+    click.echo(f"Verdict file: {verdicts}", err=as_json)
     return None
 
 

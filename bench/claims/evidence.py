@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerfs.bench import runfile
+from layerfs.bench import recorded
 from layerfs.bench.claims.catalogue import SECONDS, SPEED, Cell, Scale
-from layerfs.errors import InvalidArgument, refused
 
 
 @dataclass(frozen=True)
@@ -82,33 +80,23 @@ def read(file: Path, scale: Scale) -> Evidence:
     Args:
         scale: for a run that knows of none, with its own size as ``large``.
     """
-    try:
-        document = json.loads(file.read_text())
-    except OSError as error:
-        raise refused(f"reading the run file {str(file)!r}", error, "name one that `layerfs bench` wrote") from error
-    except ValueError as error:
-        raise InvalidArgument(f"{str(file)!r} is not a run file: {error}") from error
-    return parse(document, str(file), scale)
+    return parse(recorded.document(file), str(file), scale)
 
 
 def parse(document: Any, name: str, scale: Scale) -> Evidence:
     """The same from the document itself."""
+    recorded.parse(document, name)
     try:
         own = document["layerfs"]
-        if own["format"] > runfile.FORMAT:
-            raise InvalidArgument(f"the run file {name!r} was written by a later version of layerfs; use that one")
         claims = own.get("claims", {"scale": {**scale, "large": own["size"]}, "left_out": {}})
-        for benchmark in document["benchmarks"]:
-            if not {"params", "extra_info", "stats"} <= set(benchmark):
-                raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: it lacks what was measured")
         return Evidence(
             name,
-            claims["scale"],
+            {str(unit): int(value) for unit, value in claims["scale"].items()},
             own["fingerprint"],
             document["datetime"],
             document["benchmarks"],
             own.get("failures", []),
-            claims["left_out"],
+            dict(claims["left_out"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+    except recorded.NOT_A_RUN as error:
+        raise recorded.no_run(name, error) from error

@@ -47,6 +47,21 @@ def times(value: float) -> str:
     return f"{value:.0f}×" if value >= 10 else f"{value:.2g}×" if value < 0.1 else f"{value:.2f}×"
 
 
+_SIZES = ("block", "memory", "file_size", "most", "parent_size", "change", "written")
+"""Parameters in bytes."""
+
+
+def value_words(name: str, value: object) -> str:
+    """A parameter's value for people, with its name where the value alone says nothing."""
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    if name in _SIZES and isinstance(value, int | float):
+        return size(value)
+    if isinstance(value, int | float):
+        return f"{value:g} %" if name == "percent" else f"{name} {value:g}"
+    return str(value)
+
+
 @dataclass(frozen=True)
 class Scale:
     """Values from ``low`` to ``high`` on places from ``start`` to ``end``."""

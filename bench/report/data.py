@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,11 +12,11 @@ from typing import Any
 
 from layerfs.bench import recorded, statistics
 from layerfs.bench.native import NATIVE
+from layerfs.bench.recorded import quantity
+from layerfs.bench.report.axes import value_words
 from layerfs.bench.statistics import Interval
 from layerfs.bench.target_name import AGAIN
-from layerfs.errors import InvalidArgument
 
-_MOST = 1e18  # above that a figure is none of a run's, and pictures would lose their scale
 Scalar = str | float | bool | None
 
 
@@ -26,7 +25,7 @@ class Figure:
     """One step of one workload on one target in one run.
 
     Attributes:
-        parameters: of the workload, by name, without its size.
+        parameters: of the workload, by name, without its size; ``state`` is the cache's, for every workload.
         seconds: of every sample; ``amounts``: bytes or operations of every sample, as ``unit`` says.
         unit: ``B/s``, ``op/s`` or ``s``.
         latencies: of all samples together, as in `layerfs.bench.workload.Timing`.
@@ -153,6 +152,11 @@ class Machine:
                 values.setdefault(figure.workload, {}).setdefault(name, set()).add(value)
         return {work: [n for n, found in names.items() if len(found) > 1] for work, names in values.items()}
 
+    def words(self, figure: Figure, *but: str) -> list[str]:
+        """What sets its variant of the workload apart from the others that were measured, without some parameters."""
+        names = [name for name in self.varied.get(figure.workload, []) if name not in but]
+        return [value_words(name, figure.parameters.get(name)) for name in names]
+
 
 def grouped(runs: Iterable[RunFile]) -> list[Machine]:
     """By machine, in the order of time."""
@@ -183,24 +187,23 @@ def parse(document: Any, name: str) -> RunFile:
             figures=[_figure(benchmark) for benchmark in document["benchmarks"]],
             commit=str(document.get("commit_info", {}).get("id", "")),
         )
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise InvalidArgument(f"{name!r} is not a run file of `layerfs bench`: {error!r}") from error
+    except recorded.NOT_A_RUN as error:
+        raise recorded.no_run(name, error) from error
 
 
 def _figure(benchmark: Any) -> Figure:
     extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
     parameters.pop("target", None)
-    size = int(_number(parameters.pop("size")))
-    seconds = [_number(value) for value in benchmark["stats"]["data"]]
-    operations = [_number(value) for value in extra["operations"]]
-    moved = [_number(value) for value in extra["bytes"]]
-    if not seconds or len(operations) != len(seconds) or len(moved) != len(seconds):
-        raise ValueError("samples are missing")
+    size = int(quantity(parameters.pop("size")))
+    parameters.setdefault("state", " and ".join(sorted({str(c["asked"]) for c in extra.get("cache", ())})) or "any")
+    seconds = recorded.samples(benchmark)
+    operations = [quantity(value) for value in extra["operations"]]
+    moved = [quantity(value) for value in extra["bytes"]]
     unit = "op/s" if all(operations) else "B/s" if all(moved) else "s"
     latencies: dict[float, int] = {}
     for sample in extra["latencies"]:
         for latency, count in sample:
-            latencies[_number(latency)] = latencies.get(_number(latency), 0) + int(_number(count))
+            latencies[quantity(latency)] = latencies.get(quantity(latency), 0) + int(quantity(count))
     return Figure(
         workload=str(extra["workload"]),
         step=str(extra["step"]),
@@ -211,17 +214,9 @@ def _figure(benchmark: Any) -> Figure:
         amounts=operations if unit == "op/s" else moved,
         unit=unit,
         latencies=latencies,
-        counters={str(name): [int(_number(v)) for v in values] for name, values in extra["counters"].items()},
-        courses=[[_number(value) for value in course] for course in extra.get("courses", ())],
+        counters={str(name): [int(quantity(v)) for v in values] for name, values in extra["counters"].items()},
+        courses=[[quantity(value) for value in course] for course in extra.get("courses", ())],
     )
-
-
-def _number(value: Any) -> float:
-    """JSON as Python reads it has NaN and Infinity, too."""
-    found = float(value)
-    if not math.isfinite(found) or not 0 <= found <= _MOST:
-        raise ValueError(f"{value!r} is no figure")
-    return found
 
 
 def _scalar(value: Any) -> Scalar:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
@@ -14,7 +14,7 @@ from layerfs.bench.report import article, axes, plots
 from layerfs.bench.report.data import Figure, Machine
 from layerfs.bench.report.plots import Axis, Band, Cell, Line, Mark, Point, Row
 from layerfs.bench.statistics import Interval
-from layerfs.bench.workloads.copyup_first_write import CopyupFirstWrite
+from layerfs.bench.workload import discover
 
 _MOST_PICTURES = 12
 _SPEED = "speed, bytes a second; higher is better"
@@ -94,12 +94,11 @@ def copy_up(machine: Machine) -> Panel:
         if space:
             axis = Axis("space on the backing", axes.size, log=True, base=2, values=[4096])
             pictures["copied"] = plots.dots(f"Space that it takes ({axes.size(size)} file)", axis, space)
-    crossover = _by_size(machine.of("copyup-crossover"))
+    words, crossover = _main(machine, machine.of("copyup-crossover"), "percent")
     percents = {figure.parameters.get("percent") for figure in crossover}
     if len(percents) > 2:
-        size = crossover[0].size
         pictures["crossover"] = plots.lines(
-            f"Changing a part of a lower layer's {axes.size(size)} file",
+            _titled(f"Changing a part of a lower layer's {axes.size(crossover[0].size)} file", words),
             Axis("part of its 4K blocks that is changed", lambda v: f"{v:g} %", log=True),
             Axis("time with copy-up and fsync; lower is better", axes.seconds, log=True),
             _courses(crossover, lambda f: _real(f.parameters.get("percent")), lambda f: f.time),
@@ -109,9 +108,33 @@ def copy_up(machine: Machine) -> Panel:
 
 
 def _is_usual(figure: Figure) -> bool:
-    """Whether a first write is as large, and to a file as deep, as where nothing else is asked for."""
-    usual = {"change": CopyupFirstWrite.change, "depth": CopyupFirstWrite.depth}
-    return all(_real(figure.parameters.get(name, value)) == value for name, value in usual.items())
+    """Whether its parameters are those of the workload where nothing else is asked for."""
+    usual = {field.name: field.default for field in dataclasses.fields(discover()[figure.workload])}
+    return all(
+        figure.parameters.get(name, value) == value for name, value in usual.items() if name in figure.parameters
+    )
+
+
+def _variants(machine: Machine, figures: Sequence[Figure], *free: str) -> list[tuple[list[str], list[Figure]]]:
+    """Figures that differ in nothing but ``free`` parameters (or ``size``) and the target; the most figures first.
+
+    Of several with as many, the largest file first. With each, what sets it apart, for a picture shows one of them.
+    """
+    found: dict[tuple[object, ...], list[Figure]] = {}
+    for figure in figures:
+        fixed = tuple((n, v) for n, v in sorted(figure.parameters.items()) if n not in free)
+        found.setdefault((None if "size" in free else figure.size, fixed), []).append(figure)
+    ordered = sorted(found.values(), key=lambda some: (-len(some), -max(figure.size for figure in some)))
+    return [(machine.words(some[0], *free), some) for some in ordered]
+
+
+def _main(machine: Machine, figures: Sequence[Figure], *free: str) -> tuple[list[str], list[Figure]]:
+    """The first of `_variants`."""
+    return next(iter(_variants(machine, figures, *free)), ([], []))
+
+
+def _titled(title: str, words: Sequence[str]) -> str:
+    return f"{title} ({', '.join(words)})" if words else title
 
 
 _STEPS = {
@@ -121,41 +144,43 @@ _STEPS = {
     "second write": "second write, with fsync",
 }
 
-# Workload, step, parameters that have to be so, title, and the article's test.
-_SWEPT: Sequence[tuple[str, str, Mapping[str, str], str, str]] = (
-    ("seqwrite-new", "write", {}, "Write a new file, then fsync", "write"),
-    ("rewrite-upper", "rewrite", {}, "Overwrite it, then fsync", "rewrite"),
-    ("seqread-lower", "read", {"state": "cold"}, "Read a lower layer's file, cold", ""),
-    ("seqread-lower", "read", {"state": "warm"}, "Read a lower layer's file, warm", "read"),
-    ("reread", "second read", {}, "Read it a second time", "reread"),
-    ("randread", "read", {}, "Read it in random 4K blocks, cold", "randread"),
-    ("randwrite", "write", {}, "Write it in random 4K blocks, fsync", "randwrite"),
+# Workload, step, the cache's state, title, and the article's test.
+_SWEPT: Sequence[tuple[str, str, str, str, str]] = (
+    ("seqwrite-new", "write", "", "Write a new file in {block} blocks", "write"),
+    ("rewrite-upper", "rewrite", "", "Overwrite it in {block} blocks", "rewrite"),
+    ("seqread-lower", "read", "cold", "Read a lower file in {block} blocks, cold", ""),
+    ("seqread-lower", "read", "warm", "Read a lower file in {block} blocks, warm", "read"),
+    ("reread", "second read", "", "Read it a second time, {block} blocks", "reread"),
+    ("randread", "read", "", "Read it in random {block} blocks, cold", "randread"),
+    ("randwrite", "write", "", "Write it in random {block} blocks", "randwrite"),
 )
+_ENDED: Mapping[object, str] = {True: ", then fsync", False: ", no fsync"}
 
 
 def size_sweep(machine: Machine) -> Panel:
     """Speed over the file's size, with the article's points, and where memory ends."""
     pictures: dict[str, Element] = {}
     marks, where = _limits(machine)
-    for workload, step, needed, title, test in _SWEPT:
-        figures = [
-            figure
-            for figure in machine.of(workload, step)
-            if figure.bytes_rate and all(figure.parameters.get(name) == value for name, value in needed.items())
-        ]
-        if len({figure.size for figure in figures}) < 2:
-            continue
-        courses = _courses(figures, lambda f: float(f.size), lambda f: f.bytes_rate)
-        for target in dict.fromkeys(figure.target for figure in figures):
-            theirs = article.points().get((test, target), [])
-            if theirs:
-                points = [Point(p.size, Interval(p.rate, p.rate, p.rate)) for p in theirs]
-                courses.append(Line(target, points, theirs=True))
-        largest = max(point.x for course in courses for point in course.points)
-        within = [mark for mark in marks if mark.x <= 4 * largest]
-        axis = Axis("size of the file", axes.size, log=True, base=2, values=[mark.x for mark in within])
-        name = "-".join(["size", workload, *needed.values()])
-        pictures[name] = plots.lines(title, axis, Axis(_SPEED, axes.speed, log=True, most=5), courses, within)
+    for workload, step, state, title, test in _SWEPT:
+        asked = [f for f in machine.of(workload, step) if f.bytes_rate and state in ("", f.parameters.get("state"))]
+        shown = [one for one in _variants(machine, asked, "size") if len({f.size for f in one[1]}) > 1]
+        for _, figures in shown:
+            courses = _courses(figures, lambda f: float(f.size), lambda f: f.bytes_rate)
+            for target in dict.fromkeys(figure.target for figure in figures):
+                theirs = article.points().get((test, target), [])
+                if theirs:
+                    points = [Point(p.size, Interval(p.rate, p.rate, p.rate)) for p in theirs]
+                    courses.append(Line(target, points, theirs=True))
+            largest = max(point.x for course in courses for point in course.points)
+            within = [mark for mark in marks if mark.x <= 4 * largest]
+            axis = Axis("size of the file", axes.size, log=True, base=2, values=[mark.x for mark in within])
+            first = figures[0]
+            apart = machine.words(first, *(["state"] if state else [])) if len(shown) > 1 else []
+            name = "-".join(["size", workload, *([state] if state else []), *map(_slug, apart)])
+            told = title.format(block=axes.size(_real(first.parameters.get("block"))))
+            told += _ENDED.get(first.parameters.get("fsync"), "")
+            told = _titled(told, machine.words(first, "state", "block", "fsync"))
+            pictures[name] = plots.lines(told, axis, Axis(_SPEED, axes.speed, log=True, most=5), courses, within)
     if not pictures:
         names = ",".join(dict.fromkeys(workload for workload, *_ in _SWEPT))
         wanted = f"layerfs bench --driver all --size 4K,64K,1M,16M,64M,256M,1G --workload {names}"
@@ -177,9 +202,10 @@ def memory_sweep(machine: Machine) -> Panel:
     for step in ("write", "read"):
         for cap in caps:
             some = [f for f in figures if f.step == step and _real(f.parameters.get("memory")) == cap and f.bytes_rate]
+            _, some = _main(machine, some, "size")
             if len({figure.size for figure in some}) > 1 and cap > 0:
                 pictures[f"memory-{step}-{axes.size(cap)}"] = plots.lines(
-                    f"{step.capitalize()} with {axes.size(cap)} of memory",
+                    _titled(f"{step.capitalize()} with {axes.size(cap)} of memory", machine.words(some[0], "memory")),
                     Axis("size of the file", axes.size, log=True, base=2, values=[cap]),
                     Axis(_SPEED, axes.speed, log=True, most=5),
                     _courses(some, lambda f: float(f.size), lambda f: f.bytes_rate),
@@ -216,33 +242,35 @@ def latencies(machine: Machine) -> Panel:
 
 def cache_sharing(machine: Machine) -> Panel:
     """How many copies of one file the page cache holds for several readers."""
-    figures = _by_size(machine.of("cache-share", "first reader"))
+    words, figures = _main(machine, machine.of("cache-share", "first reader"), "readers")
     found = []
     for figure in figures:
         cached, readers = figure.counter("bytes cached"), _real(figure.parameters.get("readers"))
         size = min(figure.size, _real(figure.parameters.get("most")) or figure.size)
         if cached and readers and size:
-            found.append((figure, readers, Interval(*(getattr(cached, f) / size for f in ("low", "middle", "high")))))
+            copies = Interval(*(getattr(cached, f) / size for f in ("low", "middle", "high")))
+            found.append((figure, readers, copies, size))
     if not found:
         wanted = "layerfs bench --driver all --profile full --workload cache-share"
         return Panel("cache", "Page cache", wanted=wanted)
-    title = "Copies of one file in the page cache"
-    if len({readers for _, readers, _ in found}) > 1:
-        targets = dict.fromkeys(figure.target for figure, _, _ in found)
-        courses = [Line(t, [Point(n, copies) for f, n, copies in found if f.target == t]) for t in targets]
-        ticks = sorted({readers for _, readers, _ in found})
+    title = _titled(f"Copies of one {axes.size(min(size for *_, size in found))} file in the page cache", words)
+    if len({readers for _, readers, *_ in found}) > 1:
+        targets = dict.fromkeys(figure.target for figure, *_ in found)
+        courses = [Line(t, [Point(n, copies) for f, n, copies, _ in found if f.target == t]) for t in targets]
+        ticks = sorted({readers for _, readers, *_ in found})
         readers_axis = Axis("layers that read it", axes.number, log=True, base=2, ticks=ticks)
         shown = plots.lines(title, readers_axis, Axis("copies; fewer are better", axes.number, values=[1]), courses)
     else:
         axis = Axis(f"copies, for {found[0][1]:.0f} layers that read it", axes.number, values=[1])
-        shown = plots.dots(title, axis, [Row("", f.target, copies) for f, _, copies in found])
+        shown = plots.dots(title, axis, [Row("", f.target, copies) for f, _, copies, _ in found])
     note = "One copy for all is what lets many containers of one image fit into memory. Counted with mincore(2)."
     return Panel("cache", "Page cache", {"cache": shown}, note)
 
 
 def density(machine: Machine) -> Panel:
     """Many layers made and mounted one after the other, then taken down."""
-    figures = [f for f in _by_size(machine.of("start-stop-density")) if f.parameters.get("tasks") == 1]
+    figures = [f for f in machine.of("start-stop-density") if f.parameters.get("tasks") == 1]
+    words, figures = _main(machine, figures, "layers")
     if not figures:
         wanted = "layerfs bench --driver all --profile full --workload start-stop-density"
         return Panel("density", "Many layers", wanted=wanted)
@@ -252,7 +280,7 @@ def density(machine: Machine) -> Panel:
     ramps = [ramp for target in dict.fromkeys(f.target for f in most) if (ramp := _ramp(target, most))]
     if ramps:
         pictures["density"] = plots.lines(
-            f"{counts[-1]:,.0f} layers up, and down again",
+            _titled(f"{counts[-1]:,.0f} layers up, and down again", words),
             Axis("time since the beginning", axes.seconds),
             Axis("layers mounted", axes.number),
             ramps,
@@ -260,14 +288,14 @@ def density(machine: Machine) -> Panel:
     ups = [figure for figure in figures if figure.step == "up"]
     if len(counts) > 1:
         pictures["density-rate"] = plots.lines(
-            "Layers made and mounted a second",
+            _titled("Layers made and mounted a second", words),
             Axis("layers mounted in the end", axes.number, log=True, ticks=counts),
             Axis("layers a second; higher is better", axes.number, log=True),
             _courses(ups, lambda f: _real(f.parameters.get("layers")), lambda f: f.rate),
         )
     elif not ramps:
         rows = [Row("", figure.target, figure.rate) for figure in ups]
-        title = f"Layers made and mounted a second ({counts[0]:,.0f} in all)"
+        title = _titled("Layers made and mounted a second", [f"{counts[0]:,.0f} in all", *words])
         pictures["density-rate"] = plots.dots(title, Axis("layers a second", axes.number), rows)
     return Panel("density", "Many layers", pictures, "On one parent of 100 small files; each with a mount of its own.")
 
@@ -307,7 +335,7 @@ def course(machine: Machine) -> Panel:
 
 
 def representative(machine: Machine) -> list[tuple[str, dict[str, Figure]]]:
-    """Each step of each workload by target: at the largest size; of many variants three."""
+    """Each step of each workload by target: at the largest size; of many variants both ends and the commonest."""
     groups: dict[tuple[str, str], dict[tuple[object, ...], dict[str, Figure]]] = {}
     order = {target: number for number, target in enumerate(machine.targets)}
     for figure in sorted(machine.figures, key=lambda f: (f.workload, -f.size)):
@@ -320,12 +348,13 @@ def representative(machine: Machine) -> list[tuple[str, dict[str, Figure]]]:
             by_target.setdefault(figure.target, figure)
     found = []
     for (workload, step), variants in groups.items():
-        names = machine.varied.get(workload, [])
         keys = sorted(variants, key=lambda key: [(_real(v), str(v)) for v in key])
         if len(keys) > 3:
-            keys = [keys[0], keys[len(keys) // 2], keys[-1]]
+            middle = keys[len(keys) // 2]
+            telling = max(keys[1:-1], key=lambda key: (len(variants[key]), key == middle))
+            keys = [keys[0], telling, keys[-1]]
         for key in keys:
-            words = [history.value_words(name, value) for name, value in zip(names, key, strict=True)]
+            words = machine.words(next(iter(variants[key].values())))
             by_target = dict(sorted(variants[key].items(), key=lambda item: order[item[0]]))
             found.append((f"{' '.join([workload, *words])}: {step}", by_target))
     return found
@@ -348,13 +377,6 @@ def _courses(figures: Iterable[Figure], x: object, y: object) -> list[Line]:
         if value is not None:
             points.setdefault(figure.target, []).append(Point(x(figure), value))  # type: ignore[operator]
     return [Line(target, found) for target, found in points.items()]
-
-
-def _by_size(figures: Sequence[Figure]) -> list[Figure]:
-    """Those of the size with the most figures, of several such the largest."""
-    count = Counter(figure.size for figure in figures)
-    best = max(count, key=lambda size: (count[size], size), default=0)
-    return [figure for figure in figures if figure.size == best]
 
 
 def _percentiles(latencies: Mapping[float, int]) -> list[Point]:

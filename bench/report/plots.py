@@ -240,7 +240,8 @@ class Band:
 def heat(title: str, columns: Sequence[str], bands: Sequence[Band]) -> Element:
     """Ratios as numbers on colours: blue for less time, orange for more; a tilde where they may as well be 1."""
     label = min(190.0, 18 + max(svg.width_of(name, 11) for band in bands for name, _ in band.rows))
-    cell = max(46.0, (WIDTH - label - 8) / max(1, len(columns)))
+    widest = max((svg.width_of(word, 11) for column in columns for word in column.split()), default=0.0)
+    cell = max(46.0, widest + 6, (WIDTH - label - 8) / max(1, len(columns)))
     width = label + cell * len(columns) + 8
     y = 44.0
     parts = [svg.text(14, 24, title, class_="title")]

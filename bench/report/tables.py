@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from layerfs.bench import statistics
-from layerfs.bench.history import value_words
 from layerfs.bench.native import NATIVE
 from layerfs.bench.report import axes, page
 from layerfs.bench.report.claims import SIGNS, Claim, counted
@@ -51,7 +50,7 @@ def lines(machine: Machine) -> list[Line]:
     made = []
     for by_target in found.values():
         first = next(iter(by_target.values()))
-        words = [value_words(n, first.parameters.get(n)) for n in machine.varied.get(first.workload, [])]
+        words = machine.words(first)
         words += [axes.size(first.size)] if len(sizes[first.workload]) > 1 else []
         native = by_target.get(NATIVE)
         cells = {t: (f, _against(f, native)) for t, f in by_target.items()}

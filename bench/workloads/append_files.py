@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
+from layerfs.bench import tasks
 from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base, even_files
 from layerfs.bench.on_lower import OnSmallFiles
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing
-
-_LINE = b"one more line\n"
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
 class AppendMany(OnSmallFiles):
-    """Every append copies a file up: what is seen is the cost of a copy-up as such, with the fsync that it may have."""
+    """Every append copies a file up: what is seen is the cost of a copy-up as such, with the fsync that it may have.
+
+    Each task is a process of its own and has a share of the files; all are ready when the clock starts.
+    """
 
     name = "append-many"
     summary = "append a line to each of many small files of a lower layer, by one task or several"
@@ -35,12 +35,9 @@ class AppendMany(OnSmallFiles):
         return self.files * max(4096, self.file_size)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        paths = [layer.path / name for name in self.reads]
-        with ThreadPoolExecutor(self.tasks) as pool:
-            clock = Stopwatch()
-            for _ in pool.map(_append, paths, chunksize=1):
-                pass
-            return [clock.lap("append", operations=self.files)]
+        shares = [self.reads[number :: self.tasks] for number in range(self.tasks)]
+        with tasks.ready("append", layer.path, shares) as writers:
+            return [writers.do("append")]
 
     def counters(self, layer: Layer) -> dict[str, int]:
         return {"bytes copied up": layer.grown}
@@ -65,8 +62,3 @@ class AppendBig(AppendMany):
     @property
     def writes(self) -> int:
         return self.size + self.files * 4096
-
-
-def _append(path: Path) -> None:
-    with open(path, "ab", buffering=0) as file:
-        file.write(_LINE)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base, deepened, even_files, even_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
@@ -18,12 +19,12 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 class DeepLayers(Workload):
     """The files lie in the lowest layer, in directories that every layer has something in.
 
-    Each name is looked up once, so that none of this layer is in the kernel's cache. What lies below is cached, for
-    another layer on the same parent has been asked for all of it, also for what is not there.
+    Each name is looked up once, with none of it in the kernel's cache: a driver that has just copied the files would
+    find their names there, and one that has only mounted them would not.
     """
 
     name = "deep-layers"
-    summary = "make a layer on many others; open, stat and miss files of the lowest, each name for the first time"
+    summary = "make a layer on many others; open, stat and miss files of the lowest, each name cold"
     sized = False
     sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 16)}
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"depth": (1, 2, 4, 8, 16, 32, 64, 100)}
@@ -39,14 +40,16 @@ class DeepLayers(Workload):
     def writes(self) -> int:
         return 0
 
-    def set_up(self, layer: Layer) -> None:
-        with layer.target.fresh(self.base, layer.shared) as other:
-            for path in self._paths(other):
-                path.stat()
-                _miss(path)
+    @property
+    def state(self) -> CacheState:
+        return CacheState.COLD
+
+    @property
+    def reads(self) -> list[str]:
+        return even_names(self.files)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        paths = self._paths(layer)
+        paths = [layer.path / name for name in self.reads]
         half = self.files // 2
         clock = Stopwatch()
         for path in paths[:half]:
@@ -60,9 +63,6 @@ class DeepLayers(Workload):
         missed = clock.lap("miss", operations=self.files)
         made = [] if layer.created is None else [Timing("make the layer", layer.created)]
         return [opened, looked, missed, *made]
-
-    def _paths(self, layer: Layer) -> list[Path]:
-        return [layer.path / name for name in even_names(self.files)]
 
 
 def _miss(path: Path) -> None:

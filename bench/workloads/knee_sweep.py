@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerfs.bench import fio
+from layerfs.bench import plain
 from layerfs.bench.memory import SMALLEST, capped
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing, Workload
@@ -35,9 +35,7 @@ class KneeSweep(Workload):
             return str(error)
 
     def measure(self, layer: Layer) -> list[Timing]:
-        timings = []
+        file = [layer.path / "knee.dat"]
+        jobs = [plain.Job(mode, self.block, self.size, self.seed, new=mode == "write") for mode in ("write", "read")]
         with capped(self.memory):
-            for mode in ("write", "read"):
-                done = fio.run(layer.path / "knee.dat", mode, self.block, self.size, seed=self.seed)
-                timings.append(Timing(mode, done.seconds, bytes=done.bytes, processor=done.processor))
-        return timings
+            return [plain.run(job.mode, file, job) for job in jobs]
