@@ -27,7 +27,7 @@ from layerfs.bench.native import NATIVE
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
 from layerfs.bench.target_name import driver_of
-from layerfs.cli.common import json_option
+from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import print_json, print_table
 from layerfs.errors import EnvironmentUnfit, InvalidArgument
 from layerfs.guest import KINDS
@@ -41,9 +41,9 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
 @click.command()
-@click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
+@commas_option("--driver", "drivers", default="all", help="Drivers with commas between, or all.")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="How much [default: default; in guests: guest].")
-@click.option("--size", help="Size of the large file, from 4K on, such as 64M; several with commas [default: 256M].")
+@commas_option("--size", help="Size of the large file, from 4K on, such as 64M; several with commas [default: 256M].")
 @click.option("--workload", "names", multiple=True, help="Only this workload; may be repeated, or given with commas.")
 @click.option("--output", type=click.Path(path_type=Path), help="The run file [default: in ./results if it is there].")
 @click.option("--rounds", type=click.IntRange(1), help="Samples of each workload [default: as many as it takes].")

@@ -14,7 +14,7 @@ from layerfs.bench import interleaved, recorded, runfile, verdicts
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing, default_scratch, without_effect
 from layerfs.bench.compare import SMALLEST_THRESHOLD, Comparison, Verdict, compare
 from layerfs.bench.recorded import Key, Recorded, Subject
-from layerfs.cli.common import json_option
+from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import print_json
 from layerfs.errors import InvalidArgument, refused
 from layerfs.guest import KINDS
@@ -54,7 +54,7 @@ def compare_command(base: Path, head: Path, calibration: Path | None, force: boo
 @click.option("--base-kernel", metavar="IMAGE", help="Measure in guests instead: the base's kernel.")
 @click.option("--head-kernel", metavar="IMAGE", help="The head's kernel.")
 @click.option("--guest", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Their kind of guest.")
-@click.option("--driver", "drivers", default="all", show_default=True, help="What to measure; as for layerfs bench.")
+@commas_option("--driver", "drivers", default="all", help="What to measure; as for layerfs bench.")
 @click.option("--size", default="64M", show_default=True, help="As for layerfs bench.")
 @click.option("--workload", "names", multiple=True, help="As for layerfs bench.")
 @click.option("--backing", metavar="FS", help="As for layerfs bench [default: ext4 as root, else dir].")

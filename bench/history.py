@@ -20,7 +20,7 @@ from layerfs.bench.changepoints import change_points
 from layerfs.bench.report import claims, data
 from layerfs.bench.report.axes import seconds, size
 from layerfs.bench.report.data import Figure, Machine, RunFile
-from layerfs.cli.common import json_option
+from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import one_line, print_json
 from layerfs.errors import InvalidArgument, LayerfsError
 
@@ -74,7 +74,7 @@ def courses(machine: Machine) -> list[Course]:
 
 @click.command("history")
 @click.argument("workload", required=False)
-@click.option("--driver", "drivers", help="Only these, with commas between.")
+@commas_option("--driver", "drivers", help="Only these, with commas between.")
 @click.option(
     "--results",
     type=click.Path(path_type=Path),

@@ -29,6 +29,16 @@ class Interval:
         """Half the interval's width, as a part of the estimate."""
         return (self.high - self.low) / 2 / self.middle if self.middle else 0.0
 
+    @property
+    def words(self) -> str:
+        """Its `spread` for people; one sample, or two that are alike by chance, have none."""
+        return f"±{self.spread:.0%}" if self.low < self.high else "±?"
+
+    @property
+    def tells(self) -> bool:
+        """Whether a ratio is surely not 1."""
+        return self.low < self.high and not self.low <= 1 <= self.high
+
 
 EXACT = 100
 """Samples of both sides together up to which `difference` counts all ways; of more, it would take seconds."""

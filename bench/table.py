@@ -75,7 +75,7 @@ def _cells(targets: Sequence[str], rows: Sequence[Series]) -> list[Text]:
 
 def _cell(series: Series, first: Series) -> Text:
     speed = statistics.median(series.speeds)
-    text = Text.assemble(_figure(speed.middle, series.unit), (f" ±{speed.spread:.0%}", "dim"))
+    text = Text.assemble(_figure(speed.middle, series.unit), (f" {speed.words}", "dim"))
     if series is not first:
         text.append_text(_against(statistics.ratio(series.seconds, first.seconds)))
     if series.unit == "op/s" and series.latencies:
@@ -86,7 +86,7 @@ def _cell(series: Series, first: Series) -> Text:
 
 def _against(times: Interval) -> Text:
     """How many times as fast, from the ratio of times; green is faster."""
-    if times.low <= 1 <= times.high:
+    if not times.tells:
         return Text("  ~", "dim")
     speed = 1 / times.middle
     return Text(f"  {speed:,.0f} x" if speed >= 10 else f"  {speed:.2g} x", "green" if speed > 1 else "red")

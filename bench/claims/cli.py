@@ -26,7 +26,7 @@ from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
 from layerfs.bench.target_name import driver_of
 from layerfs.bench.workload import discover
-from layerfs.cli.common import json_option
+from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import print_json, print_table
 from layerfs.errors import InvalidArgument
 from layerfs.guest import KINDS
@@ -44,7 +44,7 @@ _file = click.Path(path_type=Path)
 @click.option("--only", "ids", multiple=True, metavar="ID", help="Only this claim; may be repeated, or with commas.")
 @click.option("--list", "listing", is_flag=True, help="List the claims with their rules and end.")
 @click.option("--profile", type=click.Choice(list(_SECONDS)), default="default", show_default=True, help="How much.")
-@click.option("--driver", "drivers", default="all", show_default=True, help="Drivers with commas between, or all.")
+@commas_option("--driver", "drivers", default="all", help="Drivers with commas between, or all.")
 @click.option("--size", help="Size of the large file [default: the profile's: 16M, 256M or 1G].")
 @click.option("--rounds", type=click.IntRange(1), help="Samples of each figure [default: as many as it takes].")
 @click.option("--max-time", type=click.FloatRange(0), metavar="SECONDS", help="Then nothing more is repeated.")

@@ -275,7 +275,7 @@ def _cell(cell: Cell, x: float, y: float, width: float, height: float, name: str
         return [svg.text(middle, y + height / 2 + 4, "–", anchor="middle", class_="dim")]
     ratio = cell.ratio
     reference = ratio.low == ratio.high == 1
-    same = ratio.low <= 1 <= ratio.high
+    same = not ratio.tells
     strength = 0.0 if same or ratio.middle <= 0 else min(0.8, 0.1 + abs(math.log2(ratio.middle)) / 5)
     words = f"{name}: {axes.times(ratio.middle)} ({axes.times(ratio.low)} to {axes.times(ratio.high)})"
     ground = svg.element("rect", svg.element("title", words), x=x, y=y, width=width, height=height, rx=3)

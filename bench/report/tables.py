@@ -148,8 +148,8 @@ def _coloured(line: Line, target: str) -> Text:
     if not found:
         return Text("–", "dim")
     ratio = found[1]
-    same = ratio is None or ratio.low <= 1 <= ratio.high
-    return Text(_cell(line, target), "" if same or ratio is None else "blue" if ratio.middle < 1 else "yellow")
+    colour = "" if ratio is None or not ratio.tells else "blue" if ratio.middle < 1 else "yellow"
+    return Text(_cell(line, target), colour)
 
 
 def _cell(line: Line, target: str) -> str:
@@ -157,10 +157,10 @@ def _cell(line: Line, target: str) -> str:
     if not found:
         return "–"
     figure, ratio = found
-    words = f"{_rate_words(figure)} ±{figure.rate.spread:.0%}"
+    words = f"{_rate_words(figure)} {figure.rate.words}"
     if ratio is None:
         return words
-    return f"{words} {'~' if ratio.low <= 1 <= ratio.high else ''}{axes.times(ratio.middle)}"
+    return f"{words} {'' if ratio.tells else '~'}{axes.times(ratio.middle)}"
 
 
 def _rate_words(figure: Figure) -> str:

@@ -115,7 +115,8 @@ def _complete_options(context: click.Context, command: click.Command, name: str)
     command.params += [option for option in store_options() if not has.intersection(option.opts)]
     before = context.find_object(Settings)
     if before is not None and before.driver is not None:
-        values = {str(p.name): before.driver for p in command.params if "--driver" in p.opts and p.expose_value}
+        wanted = [p for p in command.params if "--driver" in p.opts and p.expose_value]
+        values = {str(p.name): [before.driver] if p.multiple else before.driver for p in wanted}
         context.default_map = {**(context.default_map or {}), name: values}
 
 

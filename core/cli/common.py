@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,6 +17,8 @@ from layerfs.errors import InvalidArgument
 if TYPE_CHECKING:
     from layerfs.backing import BackingSpec
     from layerfs.store import Store
+
+_Made = TypeVar("_Made", bound=Callable[..., Any])
 
 ROOT_VARIABLE, DRIVER_VARIABLE = "LAYERFS_ROOT", "LAYERFS_DRIVER"
 
@@ -87,6 +89,18 @@ class Command(click.Command):
         super().__init__(name, **attributes)
         self.params += store_options()
         self.epilog = "\b\n" + "\n".join(["Examples:", *(f"  layerfs {line}" for line in examples)])
+
+
+def commas_option(*names: str, help: str, default: str | None = None) -> Callable[[_Made], _Made]:  # noqa: A002 - click's
+    """An option that may be repeated or given with commas between; the command gets it with commas."""
+
+    def joined(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str | None:
+        return ",".join(given) or None
+
+    default_values = [default] if default else None
+    return click.option(
+        *names, multiple=True, callback=joined, default=default_values, show_default=bool(default), help=help
+    )
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
