@@ -196,7 +196,7 @@ def _given_options(*but: str) -> list[str]:
         if name in but or context.get_parameter_source(name) not in _GIVEN:
             continue
         value = context.params[name]
-        for each in value if parameter.multiple else [value]:
+        for each in value if isinstance(value, tuple) else [value]:
             if isinstance(each, bool):
                 words += (parameter.opts if each else parameter.secondary_opts)[:1]
             else:
