@@ -282,7 +282,12 @@ def test_a_user_without_privileges_is_root_in_the_guest() -> None:
         done = subprocess.run(
             ["/usr/bin/python3", "-m", "layerfs.cli", "guest", "--", "sh", "-c", "id -u; mount -t tmpfs t /mnt; >file"],
             cwd=place,
-            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": libraries, "HOME": str(place)},
+            env={
+                "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+                "PYTHONPATH": libraries,
+                "HOME": str(place),
+                "TMPDIR": str(place),
+            },
             user=65534,
             group=65534,
             extra_groups=[],
