@@ -41,7 +41,7 @@ def _write(
     samples = []
     for name, drivers in medians.items():
         figures = [figure for need in needs.load() for figure in need.figures if figure.workload == name]
-        steps = [step for figure in figures for step in figure.steps] or ["read"]
+        steps = list(dict.fromkeys(step for figure in figures for step in figure.steps)) or ["read"]
         for driver, middle in drivers.items():
             for number, factor in enumerate(spread):
                 counters = {figure.counter: round(middle * 1e6) for figure in figures if figure.counter}
