@@ -456,14 +456,19 @@ def test_what_a_cache_of_its_own_grows_by_is_counted_where_files_are_not_in_the_
         arc.write_text(_ARC.format(size=size))
     else:
         monkeypatch.setattr(caches, "own_cache", lambda: None)
-    with Scratch(on_disk, Interrupts()) as scratch:
-        target = scratch.target("native", None, 64 << 20)
-        target.build(work.base)
-        with target.fresh(work.base, scratch.shared) as layer:
-            steps = [one.step for one in work.measure(layer)]
-            counters = work.counters(layer)
+    steps, counters = _measured(work, on_disk, "native")
     assert steps == [f"first reader{ending}", f"further reader{ending}"]
     assert counters == ({} if ending else {"bytes cached": round((copies or 0) * work.base.size)})
+
+
+def _measured(work: Workload, place: Path, name: str) -> tuple[list[str], dict[str, int]]:
+    """The steps of one sample, and its counters."""
+    with Scratch(place, Interrupts()) as scratch:
+        target = scratch.target(name, None, 512 << 20)
+        assert work.base is not None
+        target.build(work.base)
+        with target.fresh(work.base, scratch.shared) as layer:
+            return [one.step for one in work.measure(layer)], work.counters(layer)
 
 
 def test_readers_on_a_real_pool_are_counted_where_their_files_are_cached(on_disk: Path) -> None:
@@ -472,12 +477,7 @@ def test_readers_on_a_real_pool_are_counted_where_their_files_are_cached(on_disk
     if not probe.usable:
         pytest.skip(probe.reason)
     work = CacheShare(4 << 20, 0, readers=3)
-    with Scratch(on_disk, Interrupts()) as scratch:
-        target = scratch.target("zfs", None, 512 << 20)
-        target.build(work.base)
-        with target.fresh(work.base, scratch.shared) as layer:
-            steps = [one.step for one in work.measure(layer)]
-            counters = work.counters(layer)
+    steps, counters = _measured(work, on_disk, "zfs")
     assert steps == ["first reader", "further reader"]
     if caches.own_cache() is None:
         assert counters == {"bytes cached": 3 * work.base.size}

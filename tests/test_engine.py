@@ -129,19 +129,19 @@ def test_what_is_refused_leaves_no_layer(store: Store, make_store: MakeStore, tm
 
 
 def test_the_entry_point_directory_and_environment_of_the_image(make_store: MakeStore, tmp_path: Path) -> None:
-    config = {"Entrypoint": ["/bin/sh", "-c"], "Cmd": ["pwd > out; echo $A $HOME >> out"], "WorkingDir": "/work/here"}
+    config = {"Entrypoint": ["/bin/sh", "-c"], "Cmd": ["pwd > out; echo $A $HOME >> out"], "WorkingDir": "/srv/here"}
     store = filled(make_store("overlay2"), tmp_path, **config, Env=["A=one two"])
     assert engine.run(store, "busybox", name="c") == 0
-    assert read(store, "c", "work/here/out") == "/work/here\none two /\n"
+    assert read(store, "c", "srv/here/out") == "/srv/here\none two /\n"
 
 
 def test_a_relative_directory_begins_at_the_root_and_variables_without_a_value_are_dropped(
     make_store: MakeStore, tmp_path: Path
 ) -> None:
-    config = {"Cmd": ["sh", "-c", "pwd > /out; echo $A >> /out"], "WorkingDir": "work/here"}
+    config = {"Cmd": ["sh", "-c", "pwd > /out; echo $A >> /out"], "WorkingDir": "srv/here"}
     store = filled(make_store("overlay2"), tmp_path, **config, Env=["PATH", "A=b=c", "", "=d"])
     assert engine.run(store, "busybox", name="c") == 0
-    assert read(store, "c", "out") == "/work/here\nb=c\n"
+    assert read(store, "c", "out") == "/srv/here\nb=c\n"
 
 
 def test_users_are_looked_up_in_the_containers_own_files(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ def run(image: str, command: tuple[str, ...], name: str, remove: bool, interacti
     """Run a command in a container, with runc.
 
     COMMAND is by default what the image says. Ends with the command's exit code; 127 is no such command, 126 one that
-    cannot be run, 128 and a number a signal. What the container changed stays in
-    its layer, which can be committed; it has no network. Takes root.
+    cannot be run, 128 and a number a signal. What the container changed stays in its layer, which can be committed; it
+    has no network. Takes root.
     """
     from layerfs import engine
 
