@@ -44,6 +44,10 @@ class Activation:
         """The name below ``/dev/mapper``."""
         return f"{self._pool.name}-{device.id}"
 
+    def path(self, device: Device) -> Path:
+        """Where it is, while it is active."""
+        return dm.path(self.name(device))
+
     def is_active(self, device: Device) -> bool:
         """Whether it can be opened now, as it should be; if so, it has just been asked for."""
         found = dm.info(self.name(device))

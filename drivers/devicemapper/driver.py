@@ -173,7 +173,7 @@ class DevicemapperDriver(SnapshotDriver):
             if not read_only:
                 self._begin_watch()
         options = self._filesystem.sealed if device.is_sealed else self._filesystem.writable
-        path = dm.path(self._activation.name(device))
+        path = self._activation.path(device)
         return [Mount(self._filesystem.name, str(path), ("ro" if read_only else "rw", *options))]
 
     def volumes(self) -> Iterator[str]:
@@ -318,7 +318,7 @@ class DevicemapperDriver(SnapshotDriver):
 
     def _fault(self, device: Device) -> str:
         """What writes to an active volume have come to grief, for people."""
-        fault = self._filesystem.fault(dm.path(self._activation.name(device)))
+        fault = self._filesystem.fault(self._activation.path(device))
         full = device.times_full != self._session.times_full
         if fault:
             return fault + (", perhaps because the thin pool was full" if full else "")

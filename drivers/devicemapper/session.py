@@ -139,7 +139,7 @@ class PoolSession:
             self.filesystem.grow(fd, size)
 
     def _resize(self, device: Device, size: int) -> None:
-        with self.filesystem.giving_up(self._path(device)):
+        with self.filesystem.giving_up(self.activation.path(device)):
             self.activation.resize(device, size)
 
     @contextmanager
@@ -175,7 +175,7 @@ class PoolSession:
     def opened(self, device: Device) -> Iterator[int]:
         """The root directory of an active device that is not sealed, writable."""
         options = ("rw", *self.filesystem.writable)
-        with mounts.opened([Mount(self.filesystem.name, str(self._path(device)), options)]) as fd:
+        with mounts.opened([Mount(self.filesystem.name, str(self.activation.path(device)), options)]) as fd:
             yield fd
 
     def recover(self) -> None:
@@ -274,10 +274,6 @@ class PoolSession:
             with contextlib.suppress(OSError), self.opened(origin) as fd:  # what failed is found as the volume's fault
                 checked(libc.syncfs(fd))
 
-    def _path(self, device: Device) -> Path:
-        """Where an active device is."""
-        return dm.path(self.activation.name(device))
-
     @contextmanager
     def _still(self, origin: Device) -> Iterator[None]:
         """Hold back what is written to a device that may be mounted; that of a sealed volume is read-only anyway."""
@@ -286,7 +282,7 @@ class PoolSession:
             return
         self.ledger.change(origin, state=State.SUSPENDED)
         try:
-            with self.filesystem.giving_up(self._path(origin)):
+            with self.filesystem.giving_up(self.activation.path(origin)):
                 self.activation.suspend(origin)
             yield
         finally:
