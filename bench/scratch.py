@@ -56,7 +56,7 @@ class Scratch:
         except OSError as error:
             raise refused(f"making a scratch directory in {str(self._place)!r}", error) from error
         # Whatever fails on the way out (an interrupted workload may hold files open), the rest is still done.
-        self._leaving.callback(_take_away, self.root)
+        self._leaving.callback(take_away, self.root)
         lock = _locked(self.root)
         if lock is not None:
             self._leaving.callback(os.close, lock)
@@ -94,7 +94,7 @@ class Scratch:
         if filesystem in (None, DIRECTORY):
             return NativeTarget(name, place)
         backing = Backing.create(place, BackingSpec(filesystem, size=size))
-        self._leaving.callback(_destroy, backing)
+        self._leaving.callback(destroy, backing)
         backing.up()
         return NativeTarget(name, backing.path)
 
@@ -194,7 +194,7 @@ def _stands_on(driver: str, filesystem: str | None) -> bool:
     return filesystem is None or not needed or filesystem in needed
 
 
-def _destroy(backing: Backing) -> None:
+def destroy(backing: Backing) -> None:
     """Take a backing away. One that a mount namespace made meanwhile still shows goes when that does, as stores' do."""
     with contextlib.suppress(FailedPrecondition):
         backing.destroy()
@@ -235,12 +235,12 @@ def _sweep(place: Path) -> None:
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
             if left.lstat().st_uid == os.geteuid() and (lock := _locked(left)) is not None:
                 try:
-                    _take_away(left)
+                    take_away(left)
                 finally:
                     os.close(lock)
 
 
-def _take_away(root: Path) -> None:
+def take_away(root: Path) -> None:
     """Unmount everything below a scratch directory, the last mounted first, and remove it."""
     real = Path(os.path.realpath(root))
     for mount in reversed(mount_table.read()):

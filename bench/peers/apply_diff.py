@@ -1,6 +1,6 @@
 """Unpacking and packing a root file system: layerfs beside GNU tar and containers-storage.
 
-``python -m layerfs.bench.peers.apply_diff`` makes a Debian root file system with debootstrap (or takes ``--tree``),
+``python -m layerfs.bench.peers apply-diff`` makes a Debian root file system with debootstrap (or takes ``--tree``),
 packs it once, and then times in every round, in a random order and each on a fresh target after a ``sync``:
 
 - *apply*: layerfs's `apply` with the diff ID that it computes, ``tar -x``, ``containers-storage applydiff``;
@@ -197,7 +197,3 @@ def main(tree: Path | None, rounds: int, scratch: Path | None) -> None:
             Console().print(render(bench, measure(bench, rounds)))
         finally:
             bench.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """containerd on layerfs's overlay2 beside containerd on its own overlayfs snapshotter: one containerd, both in turn.
 
-``python -m layerfs.bench.peers.containerd`` times in every round, in random order and after a ``sync``:
+``python -m layerfs.bench.peers containerd`` times in every round, in random order and after a ``sync``:
 
 - *import*: ``ctr image import`` of a small Debian, which unpacks it;
 - *run*: ``ctr run --rm … true``;
@@ -185,7 +185,3 @@ def main(rounds: int, containers: int, calls: int, scratch: Path | None) -> None
         samples = measure(bench.steps(), rounds, bench.served)
         console.print(table(f"containerd: medians of {rounds} rounds; below 1 layerfs is faster", "overlayfs", samples))
         console.print(calls_table(f"single calls, medians of {calls}", bench.calls(calls)))
-
-
-if __name__ == "__main__":
-    main()

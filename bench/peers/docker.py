@@ -1,6 +1,6 @@
 """Docker on layerfs's overlay2 beside Docker on its own overlay2: two daemons, in turn.
 
-``python -m layerfs.bench.peers.docker`` times in every round, in random order and after a ``sync``:
+``python -m layerfs.bench.peers docker`` times in every round, in random order and after a ``sync``:
 
 - *load*: ``docker load`` of a small Debian;
 - *run*: ``docker run --rm … true``;
@@ -107,7 +107,3 @@ def main(rounds: int, containers: int, scratch: Path | None) -> None:
         bench = Bench(stack.enter_context(place.place(scratch)), stack, archive, containers)
         samples = measure(bench.steps(), rounds, bench.served)
     Console().print(table(f"Docker: medians of {rounds} rounds; below 1 layerfs is faster", "overlay2", samples))
-
-
-if __name__ == "__main__":
-    main()

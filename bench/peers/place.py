@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from layerfs.backing import Backing, BackingSpec
+from layerfs.bench.scratch import destroy, take_away
 
 _SIZE: Final = 24 << 30  # bytes, of which only what is written is taken
 
@@ -32,13 +33,13 @@ def option(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def place(scratch: Path | None) -> Iterator[Path]:
     """A directory that is gone afterwards; its path is short, because those of sockets have to be."""
-    with tempfile.TemporaryDirectory(dir=scratch or "/var/tmp", prefix="peers-") as work:  # noqa: S108
+    work = Path(tempfile.mkdtemp(dir=scratch or "/var/tmp", prefix="peers-"))  # noqa: S108
+    with ExitStack() as leaving:
+        leaving.callback(take_away, work)
         if scratch:
-            yield Path(work)
+            yield work
             return
-        backing = Backing.create(Path(work), BackingSpec("ext4", size=_SIZE))
-        try:
-            backing.up()
-            yield backing.path
-        finally:
-            backing.destroy()
+        backing = Backing.create(work, BackingSpec("ext4", size=_SIZE))
+        leaving.callback(destroy, backing)
+        backing.up()
+        yield backing.path

@@ -1,6 +1,6 @@
 """Union mounts: layerfs-aufs beside fuse-overlayfs and the kernel's overlay, over the same branches.
 
-``python -m layerfs.bench.peers.union`` makes a lower tree once and then, in every round and for every program in random
+``python -m layerfs.bench.peers union`` makes a lower tree once and then, in every round and for every program in random
 order, mounts a fresh union over it and times on it, always in this order:
 
 - *stat cold*, *stat warm*: all files in random order, the first time and again;
@@ -235,7 +235,3 @@ def main(rounds: int, files: int, large: int, scratch: Path | None) -> None:
         _find(program)
     with place.place(scratch) as work:
         Console(width=120).print(render(measure(Bench(work, files, large * MIB), rounds)))
-
-
-if __name__ == "__main__":
-    main()
