@@ -162,6 +162,19 @@ def test_what_was_imported_is_exported_with_the_same_diff_ids(place: Path, image
     assert {f"sha256:{hashlib.sha256(diff).hexdigest()}" for diff in (BASE, TOP)} <= digests
 
 
+@root_only
+def test_an_image_passes_through_a_pipe(place: Path, image: Path) -> None:
+    cli, second, spool = Cli(place / "store"), Cli(place / "second"), place / "tmp"
+    spool.mkdir()
+    cli("import", image)
+    whole = os.fsencode(cli("export", "debian:12", "-", TMPDIR=str(spool)))
+    assert second("import", "-", feed=whole, TMPDIR=str(spool)) == "debian:12\n"
+    assert _diff_ids(second.json("layers")) == _diff_ids(cli.json("layers"))
+    second("import", "-", "--name", "cut", feed=whole[: len(whole) // 2], TMPDIR=str(spool), code=7)
+    assert "standard-input" in second.said
+    assert not [*spool.iterdir()]
+
+
 # -- where the store is ------------------------------------------------------------------------------------------------
 
 

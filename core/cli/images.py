@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerfs.cli.common import Command, json_option, open_store
-from layerfs.cli.output import ago, image_progress, print_json, print_table, size_text
+from layerfs.cli.output import ago, byte_progress, image_progress, print_json, print_table, size_text
 from layerfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from layerfs.images import Image
+
+_STANDARD = Path("-")
 
 
 @click.command(
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
         "import debian.oci",
         "import debian.tar --name debian:12",
         "import images.oci --platform linux/arm64",
+        "import - <debian.tar",
         "import --from docker:/var/lib/docker",
         "import --from containers-storage:/var/lib/containers/storage --name localhost/my-app:latest",
     ),
@@ -37,10 +45,10 @@ def import_image(
 ) -> None:
     """Import images from an OCI layout or Docker archive.
 
-    Prints their names. SOURCE is an OCI layout (folder or tar) or a tar of "docker save". Instead of it, --from takes
-    all images of Docker (docker:DIR; its drivers overlay2 and vfs) or of podman and buildah (containers-storage:DIR;
-    overlay and vfs), and writes nothing there. Layers that the store has already are not stored again. Every digest is
-    verified.
+    Prints their names. SOURCE is an OCI layout (folder or tar) or a tar of "docker save"; "-" reads a tar from the
+    standard input. Instead of it, --from takes all images of Docker (docker:DIR; its drivers overlay2 and vfs) or of
+    podman and buildah (containers-storage:DIR; overlay and vfs), and writes nothing there. Layers that the store has
+    already are not stored again. Every digest is verified.
     """
     kind = None
     if store_of is not None:
@@ -50,8 +58,8 @@ def import_image(
         source = Path(directory)
     if source is None:
         raise InvalidArgument("name a SOURCE, or another program's data directory with --from")
-    with open_store(create=True) as store, image_progress() as progress:
-        found = store.images.import_(source, kind=kind, name=name, platform=platform, progress=progress)
+    with open_store(create=True) as store, _readable(source) as file, image_progress() as progress:
+        found = store.images.import_(file, kind=kind, name=name, platform=platform, progress=progress)
     if as_json:
         print_json([image_facts(image) for image in found])
         return
@@ -59,7 +67,14 @@ def import_image(
         click.echo(image.name)
 
 
-@click.command(cls=Command, examples=("export my-app my-app.oci", "export my-app my-app.tar --compression zstd"))
+@click.command(
+    cls=Command,
+    examples=(
+        "export my-app my-app.oci",
+        "export my-app my-app.tar --compression zstd",
+        "export my-app - | ctr images import -",
+    ),
+)
 @click.argument("name")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
@@ -72,10 +87,11 @@ def import_image(
 def export(name: str, dest: Path, compression: str) -> None:
     """Export an image or committed layer as an OCI layout.
 
-    DEST becomes a folder, or a tar if it ends in .tar. SOURCE_DATE_EPOCH in the environment makes it reproducible.
+    DEST becomes a folder, or a tar if it ends in .tar; "-" writes a tar to the standard output. SOURCE_DATE_EPOCH in
+    the environment makes it reproducible.
     """
-    with open_store() as store, image_progress() as progress:
-        store.images.export(name, dest, compression=compression, progress=progress)
+    with open_store() as store, _writable(dest) as place, image_progress() as progress:
+        store.images.export(name, place, compression=compression, progress=progress)
 
 
 @click.command(cls=Command, examples=("images", "images --json"))
@@ -94,3 +110,31 @@ def images(as_json: bool) -> None:
 def image_facts(image: Image) -> dict[str, Any]:
     """An image as JSON takes it; times as RFC 3339 in UTC."""
     return {**asdict(image), "created": image.created.isoformat()}
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[Path]:
+    """The source, or what the standard input has: the parts of an image are read in another order than they come."""
+    if source != _STANDARD:
+        yield source
+        return
+    with tempfile.NamedTemporaryFile(prefix="standard-input-") as file, byte_progress("the standard input") as progress:
+        while data := sys.stdin.buffer.read(1 << 20):
+            file.write(data)
+            progress(len(data))
+        file.flush()
+        yield Path(file.name)
+
+
+@contextmanager
+def _writable(dest: Path) -> Iterator[Path]:
+    """The target, or a tar that is passed on when it is whole: lengths stand in it before what they are of."""
+    if dest != _STANDARD:
+        yield dest
+        return
+    with tempfile.TemporaryDirectory(prefix="layerfs-export-") as place:
+        whole = Path(place) / "image.tar"
+        yield whole
+        with open(whole, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
