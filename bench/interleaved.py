@@ -7,9 +7,11 @@ machine's noise is to be known.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -69,12 +71,12 @@ def built(command: str | None, given: Path | None, side: str) -> Iterator[Path]:
         if not words:
             raise InvalidArgument(f"--build-{side} is empty")
         try:
-            done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+            code, said = _run(words, os.environ, os.killpg)  # a shell's commands end no sooner than they are told to
         except OSError as error:
             raise BenchmarkFailed(f"building the {side}: {words[0]!r}: {error.strerror}") from error
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise BenchmarkFailed(f"building the {side} with {command!r} ended with {done.returncode}: {last}")
+        if code:
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            raise BenchmarkFailed(f"building the {side} with {command!r} ended with {code}: {last}")
         _program(place)
         yield place
 
@@ -194,11 +196,16 @@ def in_environment(environment: Path) -> Side:
     return run
 
 
-def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[int, str]:
+def _run(
+    command: Sequence[str], variables: Mapping[str, str], tell: Callable[[int, int], None] = os.kill
+) -> tuple[int, str]:
     """The command's exit code, and what it said on the standard error.
 
     It has a session of its own, so that only this process hears a terminal's Ctrl-C; then it is told to end, once, and
     waited for, because it has mounts and loop devices to take down.
+
+    Args:
+        tell: sends it a signal; `os.killpg` also to what it has started.
     """
     with (
         Interrupts() as interrupts,
@@ -216,7 +223,8 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[int, str
             with interrupts.allowed():
                 said = process.communicate()[1]
         except BaseException:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                tell(process.pid, signal.SIGTERM)
             process.communicate()
             raise
     return process.returncode, said

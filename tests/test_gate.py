@@ -539,6 +539,22 @@ def test_an_interrupted_gate_lets_the_measurement_clean_up(
         shutil.rmtree(place)
 
 
+def test_an_interrupted_gate_ends_what_it_builds(environments: tuple[Path, Path], tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    build = f"sh -c 'sleep 300 & echo $! >{started}.new && mv {started}.new {started}; wait'"
+    with subprocess.Popen(
+        [*_LAYERFS, "gate", str(environments[0]), "--build-head", build], stderr=subprocess.PIPE, text=True
+    ) as gate:
+        while not started.exists() and gate.poll() is None:
+            time.sleep(0.02)
+        gate.send_signal(signal.SIGTERM)
+        said = gate.communicate()[1]
+    assert (gate.returncode, said) == (130, "layerfs: interrupted\n")
+    sleeping = Path(f"/proc/{started.read_text().strip()}/stat")
+    while sleeping.exists() and sleeping.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody may wait for it
+        time.sleep(0.02)
+
+
 def _mounted(place: Path) -> list[str]:
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     return [mount for mount in mounts if mount.startswith(f"{place}/")]
