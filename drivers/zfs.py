@@ -390,8 +390,13 @@ class ZfsDriver(SnapshotDriver):
             self._check_unmounted(volume)
             return
         if self._is_shown(volume):
-            self._write_out(volume)
-            unmount(mount_table.at(self.root / volume)[-1])
+            try:
+                self._write_out(volume)
+                for point in mount_table.at(self.root / volume)[-1:]:
+                    unmount(point)
+            except LayerfsError:
+                if self._is_shown(volume):  # else another thread or process has done it
+                    raise
 
     def _hide_oldest(self) -> None:
         """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""

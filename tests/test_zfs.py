@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,57 @@ def test_more_volumes_than_zfs_fuse_can_mount(bench: Workbench, monkeypatch: pyt
     assert len([m for m in mount_table.read() if m.target.parent == top]) <= 9
     for volume in volumes:
         assert list(bench.tree(volume)) == [".", volume]
+
+
+@in_user_space
+def test_many_at_once_hide_the_oldest_volumes(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs, "_MOST_MOUNTED", 4)
+    base = bench.seal(bench.prepare())
+    driver = bench.driver
+
+    def life(number: int) -> None:
+        volume = f"of-its-own-{number}"
+        driver.create(volume, (base,))
+        with mounts.opened(driver.mounts(volume, (base,))) as tree:
+            os.mkdir("made", dir_fd=tree)
+        driver.remove(volume)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(life, range(64))] == [None] * 64
+    assert list(driver.volumes()) == [base]
+
+
+@in_user_space
+@pytest.mark.parametrize("when", ["written out", "asked for what waits"])
+def test_a_volume_that_another_hides_meanwhile_is_hidden(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    driver, volume, hidden = bench.driver, bench.prepare(), []
+    assert isinstance(driver, ZfsDriver)
+    bench.tree(volume)
+    write_out, open_file = driver._write_out, os.open
+
+    def hide() -> None:
+        mounts.unmount(driver.root / volume)
+        hidden.append(when)
+
+    def written_out(volume: str) -> None:
+        write_out(volume)
+        hide()
+
+    def opened(path: Any, *arguments: Any, **options: Any) -> int:
+        fd = open_file(path, *arguments, **options)
+        if str(path).endswith("/waiting"):
+            hide()
+        return fd
+
+    if when == "written out":
+        monkeypatch.setattr(driver, "_write_out", written_out)
+    else:
+        monkeypatch.setattr(os, "open", opened)
+    bench.remove(volume)
+    assert hidden == [when]
+    assert list(driver.volumes()) == []
 
 
 def test_diffs_are_those_of_other_drivers(bench: Workbench, tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ def settle(device: str, seconds: float) -> bool:
             except FileNotFoundError:  # the connection is gone
                 return True
             try:
-                waiting = int(os.read(fd, 32))
+                waiting = os.read(fd, 32)
             finally:
                 os.close(fd)
-            if waiting == 0:
+            if int(waiting or b"0") == 0:  # nothing is read when the connection has gone meanwhile
                 return True
             if time.monotonic() > deadline:
                 return False
