@@ -349,11 +349,17 @@ def test_changes_escapes_odd_names(cli: Cli) -> None:
     assert "/b\udcffyte" in {change["path"] for change in cli.json("changes", "work")}
 
 
-def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output of a command whose standard output is a terminal."""
+def _on_terminal(
+    command: list[str], environment: dict[str, str], stdin: int | IO[bytes] = subprocess.DEVNULL, *, all_: bool = False
+) -> tuple[int, str]:
+    """Exit code and output of a command whose standard output is a terminal; with ``all_`` the standard error, too."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=follower, stderr=subprocess.PIPE, env={**environment, "COLUMNS": "80"}
+        command,
+        stdin=stdin,
+        stdout=follower,
+        stderr=follower if all_ else subprocess.PIPE,
+        env={**environment, "COLUMNS": "80"},
     )
     os.close(follower)
     seen = b""
@@ -377,6 +383,20 @@ def test_a_terminal_gets_a_table_but_no_tar(cli: Cli) -> None:
     code, seen = _on_terminal(cli.command("diff", "work " * 30), cli.environment)
     assert code == 2
     assert "-o FILE" in seen
+
+
+def test_an_image_comes_through_a_pipe_with_progress_but_does_not_go_to_a_terminal(
+    cli: Cli, image: Path, place: Path
+) -> None:
+    cli("import", image)
+    cli("export", "debian:12", place / "image.tar")
+    with open(place / "image.tar", "rb") as tar:
+        code, seen = _on_terminal(cli.command("import", "-", "--name", "piped"), cli.environment, tar, all_=True)
+    assert code == 0
+    assert seen.splitlines()[-1].endswith("piped")
+    code, seen = _on_terminal(cli.command("export", "debian:12", "-"), cli.environment)
+    assert code == 2
+    assert "DEST" in seen
 
 
 # -- diff and apply ----------------------------------------------------------------------------------------------------

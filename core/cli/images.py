@@ -118,10 +118,11 @@ def _readable(source: Path) -> Iterator[Path]:
     if source != _STANDARD:
         yield source
         return
-    with tempfile.NamedTemporaryFile(prefix="standard-input-") as file, byte_progress("the standard input") as progress:
-        while data := sys.stdin.buffer.read(1 << 20):
-            file.write(data)
-            progress(len(data))
+    with tempfile.NamedTemporaryFile(prefix="standard-input-") as file:
+        with byte_progress("the standard input") as progress:
+            while data := sys.stdin.buffer.read(1 << 20):
+                file.write(data)
+                progress(len(data))
         file.flush()
         yield Path(file.name)
 
@@ -132,6 +133,8 @@ def _writable(dest: Path) -> Iterator[Path]:
     if dest != _STANDARD:
         yield dest
         return
+    if sys.stdout.isatty():
+        raise InvalidArgument("an image is no use on a terminal; name a DEST, or send the output to a program")
     with tempfile.TemporaryDirectory(prefix="layerfs-export-") as place:
         whole = Path(place) / "image.tar"
         yield whole
