@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerfs.cli.common import Command, json_option, open_store
-from layerfs.cli.output import ago, byte_progress, image_progress, print_json, print_table, size_text
+from layerfs.cli.layers import byte_sink
+from layerfs.cli.output import (
+    ago,
+    byte_progress,
+    image_progress,
+    print_json,
+    print_table,
+    refuse_terminal,
+    size_text,
+)
 from layerfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -133,11 +142,9 @@ def _writable(dest: Path) -> Iterator[Path]:
     if dest != _STANDARD:
         yield dest
         return
-    if sys.stdout.isatty():
-        raise InvalidArgument("an image is no use on a terminal; name a DEST, or send the output to a program")
+    refuse_terminal("name a DEST")
     with tempfile.TemporaryDirectory(prefix="layerfs-export-") as place:
         whole = Path(place) / "image.tar"
         yield whole
-        with open(whole, "rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        with open(whole, "rb") as file, byte_sink(None) as out:
+            shutil.copyfileobj(file, out)

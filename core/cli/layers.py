@@ -14,7 +14,16 @@ import click
 
 from layerfs.cli.common import Command, json_option, labels_option, open_store, pairs
 from layerfs.cli.namespace import require_lasting_mounts
-from layerfs.cli.output import ago, byte_progress, one_line, print_json, print_table, printable, size_text
+from layerfs.cli.output import (
+    ago,
+    byte_progress,
+    one_line,
+    print_json,
+    print_table,
+    printable,
+    refuse_terminal,
+    size_text,
+)
 from layerfs.driver import ChangeKind, Mount
 from layerfs.epoch import source_date_epoch
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound, refused
@@ -199,8 +208,8 @@ def diff(key: str, output: Path | None) -> None:
     The tar is not compressed. The same files give the same bytes on every driver. SOURCE_DATE_EPOCH in the
     environment sets the latest time that a file may have.
     """
-    if output is None and sys.stdout.isatty():
-        raise InvalidArgument("a tar is no use on a terminal; give -o FILE, or send the output to a program")
+    if output is None:
+        refuse_terminal("give -o FILE")
     epoch = source_date_epoch()
     with open_store() as store, byte_sink(output) as out:
         store.diff(key, out, source_date_epoch=epoch, digest=False)

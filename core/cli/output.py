@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layerfs.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
@@ -64,6 +66,12 @@ def ago(moment: datetime) -> str:
     import humanize
 
     return humanize.naturaltime(datetime.now(UTC) - moment)
+
+
+def refuse_terminal(instead: str) -> None:
+    """Raise `InvalidArgument` where a tar would go to a terminal; ``instead`` says what to do."""
+    if sys.stdout.isatty():
+        raise InvalidArgument(f"a tar is no use on a terminal; {instead}, or send the output to a program")
 
 
 @contextmanager
