@@ -114,7 +114,7 @@ def _measure(
     pairs = {label: Pair([], []) for label in works}
     with Scratch(place, interrupts) as scratch:
         target = scratch.target(NATIVE, None, 0)
-        for base in {work.base.key: work.base for work in works.values() if work.base}.values():
+        for base in {work.base.key: work.base for work in works.values()}.values():
             target.build(base)
         hand = scratch.root / "by-hand"
         hand.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import statistics
@@ -20,8 +21,9 @@ from layerfs.bench.content import Base
 from layerfs.bench.fitness import Watch
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
+from layerfs.bench.native import NATIVE
 from layerfs.bench.results import Failure, Run, Sample, split
-from layerfs.bench.scratch import Scratch, StoreTarget
+from layerfs.bench.scratch import Device, Scratch, StoreTarget
 from layerfs.bench.statistics import median
 from layerfs.bench.target import Layer, Target
 from layerfs.bench.workload import Workload
@@ -51,6 +53,7 @@ class Plan:
         seed: of every random choice.
         place: the directory to make scratch stores in.
         filesystem: of the backing; None for what each driver's store takes by itself.
+        device: what the backing is made on, for one driver and the native control; None for sparse files in ``place``.
         precision: half of an interval's width, as a part of the median, that is narrow enough.
         seconds: after which nothing is repeated that has the fewest rounds; None for no limit.
         memory: bytes that this process and its page cache may have; None for no cap.
@@ -66,6 +69,7 @@ class Plan:
     seed: int
     place: Path
     filesystem: str | None = None
+    device: Device | None = None
     precision: float = 0.05
     seconds: float | None = None
     memory: int | None = None
@@ -75,7 +79,7 @@ class Plan:
 
     @property
     def space(self) -> int:
-        """Bytes that `place` has to have free: every target's bases, and the largest sample on a full copy."""
+        """Bytes to be free at `place` or on `device`: every target's bases, and the largest sample on a full copy."""
         return sum(map(self._space_of, self.targets))
 
     @property
@@ -89,8 +93,8 @@ class Plan:
 
     def _space_of(self, target: str) -> int:
         works = [work for work in self.workloads if self.wants(work, target)]
-        bases = {work.base.key: work.base.size for work in works if work.base}
-        largest = max(((work.base.size if work.base else 0) + work.writes for work in works), default=0)
+        bases = {work.base.key: work.base.size for work in works}
+        largest = max((work.base.size + work.writes for work in works), default=0)
         return sum(bases.values()) + largest + _MARGIN
 
     @property
@@ -104,6 +108,7 @@ class Plan:
             "filesystem": self.filesystem,
             "memory": self.memory,
             "place": str(self.place),
+            **({"device": self.device.path} if self.device else {}),
             **({"measured on": {k: sorted(v) for k, v in self.measured_on.items()}} if self.measured_on else {}),
         }
 
@@ -129,16 +134,18 @@ def run(
     """
     _check(plan)
     earlier = journal.samples(plan.workloads, fingerprint.circumstances(plan.place)) if journal else []
-    started, watch = datetime.now(UTC), Watch(plan.place, direct=plan.filesystem in (None, DIRECTORY))
-    with Scratch(plan.place, interrupts, kinds) as scratch, memory.capped(plan.memory):
+    direct = plan.device is None and plan.filesystem in (None, DIRECTORY)
+    started, watch = datetime.now(UTC), Watch(plan.place, direct=direct)
+    with Scratch(plan.place, interrupts, kinds, plan.device) as scratch, memory.capped(plan.memory):
         for work in plan.workloads:
             with interrupts.allowed():
                 work.prepare(scratch.shared)
         failed = _Failed(plan.goes_on)
         targets = []
-        for name in plan.targets:
+        for name in sorted(plan.targets, key=lambda name: plan.device is not None and name == NATIVE):
             with failed.noted(name, once=False):
                 targets.append(scratch.target(name, plan.filesystem, plan.backing_size))
+        failed.note_limits(plan, targets)
         _build(plan, targets, failed, progress)
         samples = list(earlier)
         for sample in _samples(plan, targets, scratch.shared, interrupts, progress, earlier, failed):
@@ -177,6 +184,19 @@ class _Failed:
             self._left_out.update((target, label) for label in labels if not once or (target, label) in self._once)
             self._once.update((target, label) for label in labels)
 
+    def note_limits(self, plan: Plan, targets: Sequence[Target]) -> None:
+        """Leave out what wants more layers mounted at a time than a target can have."""
+        for target in targets:
+            for work in plan.workloads:
+                if (
+                    target.most_mounted is not None
+                    and work.layers_at_once > target.most_mounted
+                    and _measures(plan, target, work)
+                ):
+                    reason = f"it has no more than {target.most_mounted:,} layers mounted at a time"
+                    self.failures.append(Failure(target.name, work.label, reason, known=True))
+                    self._left_out.add((target.name, work.label))
+
     def has(self, work: Workload, target: str) -> bool:
         return not self._left_out.isdisjoint({(target, ""), (target, work.label)})
 
@@ -187,22 +207,29 @@ def _check(plan: Plan) -> None:
     for program in sorted({program for work in plan.workloads for program in work.programs}):
         if not shutil.which(program):
             raise EnvironmentUnfit(f"{program}, which some workloads run, was not found; install the package {program}")
+    where = plan.device.path if plan.device else str(plan.place)
     try:
-        free = shutil.disk_usage(plan.place).free
+        free = _size(plan.device) if plan.device else shutil.disk_usage(plan.place).free
     except OSError as error:
-        raise InvalidArgument(f"the scratch directory {str(plan.place)!r}: {error.strerror}") from error
+        what = "device" if plan.device else "scratch directory"
+        raise InvalidArgument(f"the {what} {where!r}: {error.strerror}") from error
     if free < plan.space:
         raise OutOfSpace(
-            f"measuring {', '.join(plan.targets)} at this size needs {format_size(plan.space)} at {str(plan.place)!r}, "
-            f"which has {format_size(free)} free; choose a smaller --size, fewer drivers or another --scratch"
+            f"measuring {', '.join(plan.targets)} at this size needs {format_size(plan.space)} at {where!r}, which has "
+            f"{format_size(free)} free; choose a smaller --size, fewer drivers or another place"
         )
+
+
+def _size(device: Device) -> int:
+    with open(device.path, "rb") as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def _build(plan: Plan, targets: Sequence[Target], failed: _Failed, progress: Progress) -> None:
     for target in targets:
         bases: dict[str, tuple[Base, list[Workload]]] = {}
         for work in plan.workloads:
-            if work.base and _measures(plan, target, work):
+            if _measures(plan, target, work):
                 bases.setdefault(work.base.key, (work.base, []))[1].append(work)
         for base, works in bases.values():
             progress(f"base layer on {target.name}", 0.0)

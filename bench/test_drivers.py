@@ -116,6 +116,6 @@ def test_driver(
 def _build(work: Workload, target: Target, scratch: Scratch, built: set[tuple[str, str]]) -> None:
     """What the samples stand on, where an earlier test has not made it already."""
     work.prepare(scratch.shared)
-    if work.base and (target.name, work.base.key) not in built:
+    if (target.name, work.base.key) not in built:
         target.build(work.base)
         built.add((target.name, work.base.key))

@@ -150,14 +150,22 @@ class Workload(ABC):
         return ""
 
     @property
-    def base(self) -> Base | None:
-        """The committed layer that a sample's layer stands on; None for a layer without parent."""
-        return None
+    def base(self) -> Base:
+        """The committed layer that a sample's layer stands on, by default one of a few small files.
+
+        There always is one, as a container has: alone, a union driver's layer would be a plain directory.
+        """
+        return content.even_files(100, 512, self.seed)
 
     @property
     def writes(self) -> int:
         """The most bytes that one sample adds to the backing."""
         return self.size * self.alike
+
+    @property
+    def layers_at_once(self) -> int:
+        """How many layers it has mounted at a time."""
+        return 1
 
     @property
     def state(self) -> CacheState:

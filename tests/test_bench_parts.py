@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from layerfs import registry
+from layerfs import mount_table, registry
 from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, tasks, workload
 from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
@@ -199,6 +199,19 @@ def test_every_layer_of_a_deep_base_is_part_of_every_directory(on_disk: Path) ->
             for directory in (".", "even", "even/0000", "even/0001"):
                 held = {path.name for path in (layer.path / directory).iterdir() if path.is_file()}
                 assert held >= {"layer-2", "layer-3"}, directory
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="overlays are mounted, which takes root")
+def test_every_workload_measures_a_union_where_the_driver_makes_one(on_disk: Path) -> None:
+    """A layer without a parent would be a plain directory on overlay2, and the figures those of no driver."""
+    works = workload.chosen(list(workload.discover()), [1 << 20], 1)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("overlay2", None, 1 << 30)
+        for base in {work.base.key: work.base for work in works}.values():
+            target.build(base)
+        for work in works:
+            with target.fresh(work.base, scratch.shared) as layer:
+                assert mount_table.at(layer.path)[-1].type == "overlay", work.label
 
 
 # Interrupts
