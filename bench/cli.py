@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerfs.guest
-from layerfs import registry
+from layerfs import filesystems, registry
 from layerfs.backing import DIRECTORY
 from layerfs.bench import calibration, runfile, runner, table, workload
 from layerfs.bench.interrupts import Interrupts
@@ -26,10 +26,11 @@ from layerfs.bench.journal import Journal
 from layerfs.bench.native import NATIVE
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
-from layerfs.bench.target_name import driver_of
+from layerfs.bench.scratch import TMPFS, Device, usual_filesystem
+from layerfs.bench.target_name import driver_of, parse
 from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import print_json, print_table
-from layerfs.errors import EnvironmentUnfit, InvalidArgument
+from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError
 from layerfs.guest import KINDS
 from layerfs.kernel import userns
 from layerfs.sizes import format_size, parse_size
@@ -53,6 +54,8 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 @click.option("--native/--no-native", default=True, help="Measure the bare directory in the same blocks [default: on].")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the order and of all data [default: a new one].")
 @click.option("--backing", metavar="FS", help="For the drivers' data: dir, btrfs, ext4, xfs, xfs-noreflink, tmpfs.")
+@click.option("--device", metavar="DEVICE", help="Make the backing of one driver on this device, not in a sparse file.")
+@click.option("--force", is_flag=True, help="Even if the device holds data, which is lost then.")
 @click.option("--memory", help="Cap on memory and page cache, such as 512M.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory for the scratch stores [default: TMPDIR].")
 @click.option(
@@ -77,6 +80,8 @@ def bench(
     native: bool,
     seed: int | None,
     backing: str | None,
+    device: str | None,
+    force: bool,
     memory: str | None,
     scratch: Path | None,
     guest: str | None,
@@ -95,13 +100,15 @@ def bench(
       guest    what tells most of that, to a wider interval: guest kernels are slow
       full     every workload with every size and parameter; when it was stopped, the same command goes on
 
-    Below 1M, a sample takes many files of the size, and its figures are those of one. To measure on a device, mount
-    it and give the directory as --scratch; btrfs, zfs and devicemapper work on sparse files there.
+    Below 1M, a sample takes many files of the size, and its figures are those of one. A --device is formatted for one
+    driver, with the bare directory beside it, and wiped in the end. To measure several drivers on one disk, mount it
+    and give a directory there as --scratch.
 
     \b
     Examples:
       layerfs bench --driver overlay2,btrfs --size 1G
       layerfs bench --driver all --workload seqwrite-new,reread --size 4K,64K,1M,512M
+      layerfs bench --driver overlay2 --backing xfs --device /dev/nvme1n1
     """
     if listing:
         _list(as_json)
@@ -110,7 +117,10 @@ def bench(
     sizes = [parse_size(part) for part in size.split(",")] if size else list(usual.sizes)
     if rounds:
         without_effect("with --rounds, which says how many samples there are", "precision", "max_time")
+    if not device:
+        without_effect("without --device", "force")
     if guest:
+        without_effect("with --guest: a guest sees no device of its host", "device")
         runfile.check(output or _folder() / "run.json")
         return in_guest("bench", guest, max(sizes), output, scratch)
     seed = (1 if usual.resumes else secrets.randbelow(2**31)) if seed is None else seed
@@ -123,6 +133,8 @@ def bench(
         targets, left_out = _usable(drivers, place, errors)
         if calibrate:
             targets = calibration.twice(targets)
+        if device:
+            native &= _beside(device, targets, backing, errors)
         if native and NATIVE not in targets:
             targets.insert(0, NATIVE)
         plan = runner.Plan(
@@ -133,9 +145,11 @@ def bench(
             seed=seed,
             place=place,
             filesystem=backing,
+            device=Device(device, force) if device else None,
             precision=precision / 100 if precision else usual.precision,
             seconds=max_time if max_time is not None else usual.seconds and usual.seconds * len(targets),
             memory=parse_size(memory) if memory else None,
+            goes_on=usual.resumes,
         )
         kept = Journal(_stopped_file(plan, output), plan.identity) if usual.resumes else None
         with bar(errors) as progress:
@@ -143,7 +157,7 @@ def bench(
         _report(run, left_out, output, as_json, errors)
         if kept:
             kept.finish()
-    return None
+    return None if all(failure.known for failure in run.failures) else LayerfsError.exit_code
 
 
 def in_guest(command: str, kind: str, size: int, output: Path | None, scratch: Path | None) -> int:
@@ -284,6 +298,22 @@ def _usable(given: str, place: Path, errors: Console) -> tuple[list[str], dict[s
     return usable, refused
 
 
+def _beside(device: str, targets: Sequence[str], backing: str | None, errors: Console) -> bool:
+    """Whether a bare directory can be measured on the device, beside the one driver that may be."""
+    if len(targets) != 1 or NATIVE in targets:
+        raise InvalidArgument(
+            f"--device {device} is for one driver, and these are {', '.join(targets)}; name one, without --calibrate, "
+            "or mount the device and give a directory there as --scratch"
+        )
+    driver, own, _ = parse(targets[0])
+    kind = own or backing or usual_filesystem(driver)
+    if kind in (DIRECTORY, TMPFS):
+        raise InvalidArgument(f"a backing of kind {kind} is on no device; leave --device out, or name a file system")
+    if kind not in filesystems.KINDS:
+        errors.print(f"Left out: native: {kind} has no directory but in its volumes", markup=False)
+    return kind in filesystems.KINDS
+
+
 @contextmanager
 def bar(errors: Console) -> Iterator[runner.Progress]:
     """A bar on a terminal, and elsewhere a line from time to time, so that a log shows that it goes on."""
@@ -322,6 +352,9 @@ def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json:
         print_json(contents)
     else:
         Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
+    for failure in run.failures:
+        what = f"{failure.workload or 'all'} on {failure.target}: {failure.reason}"
+        errors.print(f"{'Left out' if failure.known else 'Failed'}: {what}", markup=False)
     for warning in run.warnings:
         errors.print(f"Note: {warning}", markup=False)
     click.echo(f"Run file: {file}", err=as_json)

@@ -85,11 +85,13 @@ class Failure:
     Attributes:
         workload: its label; "" where the target itself could not be made.
         reason: the error's text.
+        known: whether it was known beforehand, and has not been tried.
     """
 
     target: str
     workload: str
     reason: str
+    known: bool = False
 
 
 @dataclass(frozen=True)

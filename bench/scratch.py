@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Self
@@ -22,7 +23,7 @@ from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.native import NATIVE, NativeTarget
 from layerfs.bench.target import Target
 from layerfs.driver import Mount, Usage
-from layerfs.errors import FailedPrecondition, NotFound, refused
+from layerfs.errors import FailedPrecondition, LayerfsError, NotFound, refused
 from layerfs.store import Store
 from layerfs.treecopy import remove_tree
 from layerfs.walk import disk_usage
@@ -30,6 +31,20 @@ from layerfs.walk import disk_usage
 TMPFS = "tmpfs"
 """The kind of backing that is memory."""
 _PREFIX = "layerfs-bench-"
+_BESIDE_VOLUMES = ".native"  # drivers take no name with a dot for a volume
+
+
+@dataclass(frozen=True)
+class Device:
+    """A block device that one driver's store is to stand on.
+
+    Attributes:
+        path: of it.
+        force: whether it may hold data, which is lost then.
+    """
+
+    path: str
+    force: bool = False
 
 
 class Scratch:
@@ -39,12 +54,20 @@ class Scratch:
 
     Args:
         kinds: for single targets, what to use instead of `StoreTarget`.
+        device: what the driver stands on that is made first, and the native control beside it; of others there is none
+            then.
     """
 
     def __init__(
-        self, place: Path, interrupts: Interrupts, kinds: Mapping[str, type[StoreTarget]] = MappingProxyType({})
+        self,
+        place: Path,
+        interrupts: Interrupts,
+        kinds: Mapping[str, type[StoreTarget]] = MappingProxyType({}),
+        device: Device | None = None,
     ) -> None:
         self._kinds = kinds
+        self._device = device
+        self._beside: Path | None = None
         self._place = place
         self._interrupts = interrupts
         self._leaving = ExitStack()
@@ -64,8 +87,12 @@ class Scratch:
         self.shared.mkdir()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._leaving.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            self._leaving.close()
+        except LayerfsError:
+            if error is None:
+                raise  # else what came first has to be told
 
     def target(self, name: str, filesystem: str | None, size: int) -> Target:
         """A new store, on a backing of ``filesystem`` (None: what the driver takes) of ``size``.
@@ -83,12 +110,20 @@ class Scratch:
             mounts.attach([Mount(TMPFS, "layerfs", (f"size={size}", "mode=0700"))], place)
             kind = DIRECTORY
         if driver == NATIVE:
-            return self._native(name, place, kind, size)
-        backing = BackingSpec(kind, size=None if kind == DIRECTORY else size) if kind else None
-        store = Store(place, driver, options=options, backing=backing)
+            return NativeTarget(name, self._beside) if self._beside else self._native(name, place, kind, size)
+        force = self._device is not None and self._device.force
+        store = Store(place, driver, options=options, backing=self._spec(driver, kind, size), force=force)
+        if self._device:
+            self._leaving.callback(destroy, store.backing)
+            self._beside = store.backing.path / _BESIDE_VOLUMES
         self._leaving.callback(store.close)
         self._leaving.callback(_empty, store)
         return self._kinds.get(name, StoreTarget)(name, store, self._interrupts)
+
+    def _spec(self, driver: str, kind: str | None, size: int) -> BackingSpec | None:
+        if self._device:
+            return BackingSpec(kind or usual_filesystem(driver), device=self._device.path)
+        return BackingSpec(kind, size=None if kind == DIRECTORY else size) if kind else None
 
     def _native(self, name: str, place: Path, filesystem: str | None, size: int) -> NativeTarget:
         if filesystem in (None, DIRECTORY):
@@ -153,6 +188,8 @@ class StoreTarget(Target):
             self._store.commit(name, key)
 
     def held(self) -> int:
+        if self._store.backing.spec.device:
+            return -1
         with self._interrupts.held():
             write_back(self._store.driver.root)
             write_back(self._store.root)
@@ -177,6 +214,10 @@ class StoreTarget(Target):
         with self._interrupts.held():
             return self._store.diff(key, out).size
 
+    @property
+    def most_mounted(self) -> int | None:
+        return self._store.driver.most_mounted
+
     def facts(self) -> dict[str, object]:
         driver = self._store.driver
         return {
@@ -186,6 +227,11 @@ class StoreTarget(Target):
             "status": driver.status(),
             "backing": storage(driver.root),
         }
+
+
+def usual_filesystem(driver: str) -> str:
+    """The kind of backing that is made for a driver on a device, where none is asked for."""
+    return next(iter(registry.load(driver).needs.filesystems), "ext4")
 
 
 def _stands_on(driver: str, filesystem: str | None) -> bool:

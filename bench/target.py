@@ -85,7 +85,10 @@ class Target(ABC):
 
     @abstractmethod
     def held(self) -> int:
-        """Bytes of the disk that everything on this target holds, with what its backing has not given back."""
+        """Bytes of the disk that everything on this target holds, with what its backing has not given back.
+
+        -1 on a device, which does not say.
+        """
 
     @abstractmethod
     def used(self) -> Usage:
@@ -102,6 +105,11 @@ class Target(ABC):
     @abstractmethod
     def build(self, base: Base) -> None:
         """Make the committed layer that ``base`` describes."""
+
+    @property
+    def most_mounted(self) -> int | None:
+        """See `layerfs.driver.Driver.most_mounted`."""
+        return None
 
     @abstractmethod
     def facts(self) -> dict[str, object]:

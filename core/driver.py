@@ -207,6 +207,11 @@ class Driver(ABC):
         """The nanoseconds that the backend rounds times of files down to; 1 where it keeps them as they are."""
         return 1
 
+    @property
+    def most_mounted(self) -> int | None:
+        """The most volumes that can be mounted at a time; None where there is no end."""
+        return None
+
     @abstractmethod
     def create(self, volume: str, parents: Sequence[str], *, size: int | None = None) -> None:
         """Make a writable volume: a child of ``parents[0]``, or an empty tree (root directory 0755, owned by the

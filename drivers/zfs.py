@@ -19,6 +19,7 @@ import os
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +48,8 @@ _TICK: Final = "layerfs:tick"
 _OPTIONS = ("checksum", "compression", "copies", "dedup", "logbias", "primarycache", "recordsize", "sync")
 """Properties of datasets that can be set as options of the driver."""
 
-_MOST_MOUNTED = 256  # zfs-fuse has a thread for each, and an end at 1000
+_MOST_MOUNTED = 256  # zfs-fuse has a thread for each
+_MOST_IN_USE = 980  # it takes 1000, and one that is refused stays busy as long as it lives; others mount meanwhile, too
 _CLOCK_SLACK_NS: Final = 10 * 10**9  # how far the clock may have been set back between a parent and its child
 
 
@@ -97,6 +99,10 @@ class ZfsDriver(SnapshotDriver):
     def time_granularity(self) -> int:
         """See `Driver.time_granularity`: zfs-fuse passes on seconds alone."""
         return 10**9 if self._in_user_space else 1
+
+    @property
+    def most_mounted(self) -> int | None:
+        return _MOST_IN_USE if self._in_user_space else None
 
     def create(self, volume: str, parents: Sequence[str], *, size: int | None = None) -> None:
         """See `Driver.create`. A size limit counts what the dataset refers to beyond what it began with."""
@@ -264,6 +270,8 @@ class ZfsDriver(SnapshotDriver):
 
     def _make(self, volume: str, *command: str) -> None:
         """Run a command that makes the volume's dataset, and first the one for all of them where that is missing."""
+        if self._in_user_space:
+            self._make_room(volume)
         try:
             try:
                 self._tried(*command)
@@ -279,7 +287,7 @@ class ZfsDriver(SnapshotDriver):
             raise self._failed(f"making the volume {volume!r}", error) from error
         if self._in_user_space:
             self._show(volume)
-            self._used_first(self.tree_path(volume))  # its zfs(8) mounts clones whatever canmount says
+            os.listdir(self.tree_path(volume))  # its zfs(8) mounts clones whatever canmount says
 
     def _settings(self) -> Iterator[str]:
         """The properties that all volumes inherit."""
@@ -364,17 +372,13 @@ class ZfsDriver(SnapshotDriver):
             self._tools.daemon.inside()  # the kernel remembers much of what a dead daemon said
         if self._is_shown(volume):
             return
+        self._make_room(volume)
         try:
             self._tools.patient("mount", self._dataset(volume))
         except ZfsRefused as error:
             if not self._is_shown(volume):  # as another process may have done
                 raise self._failed(f"mounting the volume {volume!r}", error) from error
-        self._used_first(place)
-
-    def _used_first(self, place: Path) -> None:
-        """See to it that zfs-fuse can go on after a mount: it never gets over one that goes before anybody used it."""
-        os.listdir(place)
-        self._hide_oldest()
+        os.listdir(place)  # zfs-fuse never gets over a mount that goes before anybody used it
 
     def _is_shown(self, volume: str) -> bool:
         try:
@@ -398,17 +402,26 @@ class ZfsDriver(SnapshotDriver):
                 if self._is_shown(volume):  # else another thread or process has done it
                     raise
 
-    def _hide_oldest(self) -> None:
-        """Unmount what has been mounted for longest, where zfs-fuse nears its limit; what is in use stays."""
+    def _make_room(self, volume: str) -> None:
+        """Before the volume is mounted, unmount what has been for longest, where there are many; what is in use stays.
+
+        Raises `FailedPrecondition` where that leaves zfs-fuse near its end.
+        """
         table = mount_table.read()
         top = Path(os.path.realpath(self.root))
         ours = [point for point in table if point.type == "fuse.zfs" and point.target.parent == top]
         if len(ours) <= _MOST_MOUNTED:
             return
+        left, users = len(ours), Counter(point.device for point in table)
         for point in ours[: len(ours) - _MOST_MOUNTED * 3 // 4]:
-            if not any(other.device == point.device and other.id != point.id for other in table):
+            if users[point.device] == 1:
                 with contextlib.suppress(LayerfsError):
                     self._hide(point.target.name)
+                    left -= 1
+        if left >= _MOST_IN_USE:
+            raise FailedPrecondition(
+                f"mounting the volume {volume!r}: {left} are mounted, and zfs-fuse takes few more; unmount some of them"
+            )
 
     def _check_unmounted(self, volume: str) -> None:
         """zfs(8) would unmount it wherever it is, without a question."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from layerfs import mount_table, registry
+from layerfs.kernel import loop
 
 _COMMAND = [sys.executable, "-m", "layerfs.cli", "bench"]
 _STEPS = {
@@ -194,6 +195,44 @@ def test_the_backing_can_be_chosen(scratch: Path, tmp_path: Path, given: str, fi
         assert str(facts["backing"].get("disk", "")).startswith(disk)
 
 
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[str]:
+    """A block device of 2G, with nothing on it."""
+    if os.geteuid() != 0:
+        pytest.skip("loop devices need root")
+    with open(tmp_path / "disk.img", "w+b") as file:
+        file.truncate(2 << 30)
+        path, fd = loop.attach(file.fileno(), "disk")
+    try:
+        yield str(path)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("driver", ["overlay2", "btrfs", "zfs"])
+def test_a_driver_stands_on_a_device_that_is_wiped_afterwards(
+    scratch: Path, tmp_path: Path, device: str, driver: str
+) -> None:
+    if driver not in _usable(scratch):
+        pytest.skip(f"{driver} does not work on this host")
+    filesystem, file = {"overlay2": "ext4"}.get(driver, driver), tmp_path / "run.json"
+    arguments = ["--driver", driver, "--device", device, "--size", "2M", "--rounds", "1", "--output", str(file)]
+    arguments += ["--workload", "seqwrite-new,layer-lifecycle"]
+    subprocess.run(["mkswap", device], check=True, capture_output=True)
+    done = _bench(scratch, *arguments)
+    assert done.returncode == 6, done.stderr
+    assert f"{device!r} already holds data (swap)" in done.stderr
+    done = _bench(scratch, *arguments, "--force")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["layerfs"]["fingerprint"]["targets"]
+    assert ("native" in found) is (driver != "zfs")
+    assert ("Left out: native" in done.stderr) is (driver == "zfs")
+    for facts in found.values():
+        assert filesystem in facts["backing"]["filesystem"] or driver == "zfs"
+        assert facts["backing"].get("disk", Path(device).name) == Path(device).name
+    assert subprocess.run(["blkid", "--probe", device], capture_output=True, check=False).stdout == b"", "wiped"
+
+
 def test_small_files_are_many_in_a_sample_and_the_figures_are_those_of_one(scratch: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     arguments = ["--driver", "overlay2", "--size", "4K,64K,1M", "--rounds", "1", "--output", str(file)]
@@ -229,6 +268,12 @@ def test_small_files_are_many_in_a_sample_and_the_figures_are_those_of_one(scrat
         (["--driver", "vfs", "--workload", "nonesuch"], 2, "seqwrite-new"),
         (["--driver", "vfs", "--size", "900P"], 9, "free"),
         (["--driver", "vfs", "--backing", "nonesuch", "--size", "1M"], 2, "nonesuch"),
+        (["--driver", "vfs", "--device", "/dev/nonesuch", "--size", "1M"], 2, "No such file"),
+        (["--driver", "vfs", "--device", "/dev/null", "--backing", "dir"], 2, "on no device"),
+        (["--driver", "vfs,overlay2", "--device", "/dev/null"], 2, "for one driver"),
+        (["--driver", "vfs", "--device", "/dev/null", "--calibrate"], 2, "for one driver"),
+        (["--driver", "vfs", "--device", "/dev/null", "--guest"], 2, "a guest sees no device"),
+        (["--driver", "vfs", "--force"], 2, "--force has no effect"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is_made(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -401,6 +402,24 @@ def test_many_at_once_hide_the_oldest_volumes(bench: Workbench, monkeypatch: pyt
     with ThreadPoolExecutor(8) as pool:
         assert [*pool.map(life, range(64))] == [None] * 64
     assert list(driver.volumes()) == [base]
+
+
+@in_user_space
+def test_no_more_volumes_are_in_use_than_zfs_fuse_takes(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by zfs-fuse itself, a mount leaves a volume that is busy for as long as the daemon lives."""
+    monkeypatch.setattr(zfs, "_MOST_MOUNTED", 2)
+    monkeypatch.setattr(zfs, "_MOST_IN_USE", 4)
+    base = bench.seal(bench.prepare())
+    volumes = [bench.prepare(base) for _ in range(4)]
+    with contextlib.ExitStack() as stack:
+        for volume in volumes:
+            stack.enter_context(bench.mounted(volume))
+        with pytest.raises(FailedPrecondition, match="4 are mounted, and zfs-fuse takes few more"):
+            bench.driver.create("one-more", (base,))
+        bench.driver.remove("one-more")
+        assert bench.driver.most_mounted == 4
+    bench.driver.create("one-more", (base,))
+    bench.driver.remove("one-more")
 
 
 @in_user_space

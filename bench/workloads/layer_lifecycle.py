@@ -63,7 +63,7 @@ class LayerLifecycle(Workload):
                 taken[step].append(clock.lap(step))
                 if step == "mount":
                     mounts = _mounts(trees[-1])
-        left = {name: max(0, after - before[name]) for name, after in self._space(target).items()}
+        left = {name: max(0, now - before[name]) for name, now in self._space(target).items() if now >= 0}
         files = max(0, _open_files() - opened) // self.repetitions  # what stays open once for all is no layer's
         self._counted[layer.key] = {"mounts of a layer": mounts, "open files left by a layer": files, **left}
         return [repeated(timings) for timings in taken.values()]
@@ -78,11 +78,12 @@ class LayerLifecycle(Workload):
         write_random(root / "written.dat", self.written, self.seed)
 
     def _space(self, target: Target) -> dict[str, int]:
+        """What is in use; -1 where that is not told."""
         used = target.used()
         return {
             "bytes left in use": used.size,
-            **({"inodes left in use": used.inodes} if used.inodes >= 0 else {}),
-            **({"bytes left on disk": target.held()} if self.written else {}),
+            "inodes left in use": used.inodes,
+            "bytes left on disk": target.held() if self.written else -1,
         }
 
     _counted: ClassVar[dict[str, dict[str, int]]] = {}

@@ -40,6 +40,10 @@ class StartStopDensity(Workload):
     def writes(self) -> int:
         return self.layers * 2 * self.parent_size
 
+    @property
+    def layers_at_once(self) -> int:
+        return self.layers
+
     def measure(self, layer: Layer) -> list[Timing]:
         target, keys = layer.target, self._keys(layer)
 
