@@ -1,4 +1,4 @@
-"""What workloads have in common that use one large file of a lower layer, or many small ones."""
+"""What workloads have in common that use one large file of a lower layer, or many small ones, or none of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from layerfs.bench.caches import CacheState
 from layerfs.bench.content import Base, even_files, even_names, lower_files, lower_names
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Workload
+
+
+@dataclass(frozen=True)
+class OnAnyParent(Workload):
+    """Works on files of its own, in a layer over ``parent_files`` small files that it does not touch."""
+
+    parent_files: int = 100
+
+    @property
+    def base(self) -> Base:
+        return even_files(self.parent_files, 512, self.seed)
 
 
 @dataclass(frozen=True)

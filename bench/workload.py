@@ -150,12 +150,12 @@ class Workload(ABC):
         return ""
 
     @property
+    @abstractmethod
     def base(self) -> Base:
-        """The committed layer that a sample's layer stands on, by default one of a few small files.
+        """The committed layer that a sample's layer stands on.
 
         There always is one, as a container has: alone, a union driver's layer would be a plain directory.
         """
-        return content.even_files(100, 512, self.seed)
 
     @property
     def writes(self) -> int:

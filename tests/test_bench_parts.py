@@ -30,6 +30,7 @@ from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
 from layerfs.bench.interrupts import Interrupts
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run, Sample, split
 from layerfs.bench.scratch import Scratch, StoreTarget
@@ -592,7 +593,7 @@ def test_the_default_profile_starts_layers_one_after_the_other_and_at_once() -> 
 
 
 @dataclass(frozen=True)
-class _Work(Workload):
+class _Work(OnAnyParent):
     name = "work"
     summary = "a test's own"
     block: int = 4096

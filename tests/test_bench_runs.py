@@ -19,16 +19,17 @@ import pytest
 from layerfs.bench import calibration, fingerprint, memory, runfile, runner
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.results import Run
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 from layerfs.errors import EnvironmentUnfit, InvalidArgument, OutOfSpace
 
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
-class Steady(Workload):
+class Steady(OnAnyParent):
     name = "steady"
     summary = "always the same"
 

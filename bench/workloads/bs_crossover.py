@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerfs.bench import plain
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
-class BsCrossover(Workload):
+class BsCrossover(OnAnyParent):
     """No fsync, as iozone has none by default: throughput is that of the page cache and its bookkeeping."""
 
     name = "bs-crossover"

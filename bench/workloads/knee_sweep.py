@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from layerfs.bench import plain
 from layerfs.bench.memory import SMALLEST, capped
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 from layerfs.errors import EnvironmentUnfit
 
 
 @dataclass(frozen=True)
-class KneeSweep(Workload):
+class KneeSweep(OnAnyParent):
     """Sizes (``--size``) times caps on memory: if the knee moves with the cap, it is memory's and not the driver's."""
 
     name = "knee-sweep"

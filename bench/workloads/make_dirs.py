@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Stopwatch, Timing, Workload
+from layerfs.bench.workload import Stopwatch, Timing
 
 
 @dataclass(frozen=True)
-class MakeDirs(Workload):
+class MakeDirs(OnAnyParent):
     """Nothing but metadata: what one request costs that a program in user space may have to answer."""
 
     name = "make-dirs"

@@ -15,7 +15,7 @@ from typing import ClassVar
 from layerfs.bench import caches, fio
 from layerfs.bench.caches import CacheState
 from layerfs.bench.content import LOWER_FILE, Base, lower_file
-from layerfs.bench.on_lower import LowerReader
+from layerfs.bench.on_lower import LowerReader, OnAnyParent
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
 
@@ -86,7 +86,7 @@ class ParallelLight(Workload):
 
 
 @dataclass(frozen=True)
-class ParallelHeavy(Workload):
+class ParallelHeavy(OnAnyParent):
     """No limit on the rate: locks and journals decide."""
 
     name = "parallel-heavy"

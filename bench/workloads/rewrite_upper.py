@@ -7,12 +7,13 @@ from pathlib import Path
 
 from layerfs.bench import plain
 from layerfs.bench.caches import CacheState
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
-class RewriteUpper(Workload):
+class RewriteUpper(OnAnyParent):
     """The file was written through the same layer before, so nothing is copied up."""
 
     name = "rewrite-upper"

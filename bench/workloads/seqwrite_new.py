@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerfs.bench import plain
+from layerfs.bench.on_lower import OnAnyParent
 from layerfs.bench.target import Layer
-from layerfs.bench.workload import Timing, Workload
+from layerfs.bench.workload import Timing
 
 
 @dataclass(frozen=True)
-class SeqwriteNew(Workload):
+class SeqwriteNew(OnAnyParent):
     """Space is allocated as the file grows; the final fsync, where there is one, is part of the time."""
 
     name = "seqwrite-new"
