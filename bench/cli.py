@@ -352,7 +352,7 @@ def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json:
         print_json(contents)
     else:
         Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
-    for failure in run.failures:
+    for failure in dict.fromkeys(run.failures):
         what = f"{failure.workload or 'all'} on {failure.target}: {failure.reason}"
         errors.print(f"{'Left out' if failure.known else 'Failed'}: {what}", markup=False)
     for warning in run.warnings:

@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-from layerfs.bench import calibration, fingerprint, memory, runfile, runner
+from layerfs.bench import calibration, fingerprint, memory, runfile, runner, scratch
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
 from layerfs.bench.on_lower import OnAnyParent
-from layerfs.bench.results import Run
+from layerfs.bench.results import Failure, Run
+from layerfs.bench.scratch import StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
-from layerfs.errors import EnvironmentUnfit, InvalidArgument, OutOfSpace
+from layerfs.errors import EnvironmentUnfit, FailedPrecondition, InvalidArgument, OutOfSpace
+from layerfs.store import Store
 
 _numbers = itertools.count()
 
@@ -245,6 +247,43 @@ def test_a_run_that_goes_on_leaves_out_what_fails_again_and_says_so(plan: runner
     assert [(f.target, f.workload) for f in run.failures] == [("vfs backing=nonesuch", "")] + [("vfs", "failing")] * 2
     document = json.loads(json.dumps(runfile.document(run)))
     assert "it is full" in document["layerfs"]["failures"][1]["reason"]
+
+
+class OneMounted(StoreTarget):
+    """A driver that can have a single layer mounted."""
+
+    most_mounted = 1
+
+
+@dataclass(frozen=True)
+class Crowd(Steady):
+    name = "crowd"
+    layers_at_once = 2
+
+
+def test_what_wants_more_layers_mounted_than_a_driver_can_have_is_left_out_and_not_tried(plan: runner.Plan) -> None:
+    works = [Steady(1 << 20, 0), Crowd(1 << 20, 0)]
+    wanted = dataclasses.replace(plan, targets=["native", "vfs"], workloads=works, rounds=2)
+    with Interrupts() as interrupts:
+        run = runner.run(wanted, interrupts, kinds={"vfs": OneMounted})
+    counts = {(series.workload.name, series.target): len(series.seconds) for series in run.series()}
+    assert counts == {("steady", "native"): 2, ("steady", "vfs"): 2, ("crowd", "native"): 2}
+    reason = "it has no more than 1 layers mounted at a time"
+    assert run.failures == [Failure("vfs", "crowd", reason, known=True)]
+
+
+def test_a_run_tells_what_failed_and_not_what_its_cleaning_up_met(
+    plan: runner.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(store: Store) -> None:
+        raise FailedPrecondition(f"{store.root} has children")
+
+    monkeypatch.setattr(scratch, "_empty", unable)
+    failing = dataclasses.replace(plan, targets=["vfs"], workloads=[Failing(1 << 20, 0)], rounds=1)
+    with pytest.raises(OutOfSpace, match="it is full"):
+        _taken(failing)
+    with pytest.raises(FailedPrecondition, match="has children"):
+        _taken(dataclasses.replace(failing, workloads=[Steady(1 << 20, 0)]))
 
 
 def test_a_target_can_have_options_and_a_backing_of_its_own(plan: runner.Plan) -> None:
