@@ -31,8 +31,10 @@ class Interval:
 
     @property
     def words(self) -> str:
-        """Its `spread` for people; one sample, or two that are alike by chance, have none."""
-        return f"±{self.spread:.0%}" if self.low < self.high else "±?"
+        """Its `spread` for people, who learn nothing from one of many times the median; one sample has none."""
+        if self.low == self.high:  # or two samples that are alike by chance
+            return "±?"
+        return f"±{self.spread:.0%}" if self.spread <= 1 else "±>100%"
 
     @property
     def tells(self) -> bool:

@@ -57,6 +57,8 @@ def test_the_interval_of_the_median_covers_the_truth_about_as_often_as_it_says()
 
 def test_the_median_of_one_sample_is_that_sample() -> None:
     assert statistics.median([3.0]) == statistics.Interval(3.0, 3.0, 3.0)
+    shown = {statistics.Interval(*bounds).words for bounds in ((3, 3, 3), (2, 3, 4), (0, 1, 2), (0, 1, 30))}
+    assert shown == {"±?", "±33%", "±100%", "±>100%"}
 
 
 def test_a_ratio_of_clearly_different_samples_excludes_one() -> None:
