@@ -60,8 +60,11 @@ class NativeTarget(Target):
         with contextlib.suppress(FileNotFoundError):
             self.remove(key)
 
-    def occupied(self, key: str) -> int:
+    def write_back(self) -> None:
         write_back(self._root)
+
+    def occupied(self, key: str) -> int:
+        self.write_back()
         fd = os.open(self._root / "layers" / key, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             return disk_usage(fd).size

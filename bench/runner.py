@@ -337,6 +337,7 @@ def take_sample(work: Workload, target: Target, number: int, shared: Path, inter
 def settle(work: Workload, layer: Layer) -> Reached | None:
     """Nothing is left to be written, and the files that are read are in the cache state that the workload names."""
     caches.write_back(*([layer.tree] if layer.tree else []), layer.shared)
+    layer.target.write_back()
     if work.state is CacheState.ANY:
         return None
     return caches.establish(work.state, *(layer.path / name for name in work.reads))

@@ -180,8 +180,12 @@ class StoreTarget(Target):
 
     def occupied(self, key: str) -> int:
         with self._interrupts.held():
-            write_back(self._store.driver.root)  # what is not written yet has no blocks, or not those that it will have
+            self.write_back()  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
+
+    def write_back(self) -> None:
+        with self._interrupts.held():
+            write_back(self._store.driver.root)
 
     def commit(self, key: str, name: str) -> None:
         with self._interrupts.held():
@@ -191,8 +195,7 @@ class StoreTarget(Target):
         if self._store.backing.spec.device:
             return -1
         with self._interrupts.held():
-            write_back(self._store.driver.root)
-            write_back(self._store.root)
+            write_back(self._store.driver.root, self._store.root)
             return _allocated(self._store.root).size
 
     def used(self) -> Usage:

@@ -80,6 +80,10 @@ class Target(ABC):
         """Bytes that a layer alone has on the backing, once all is written back."""
 
     @abstractmethod
+    def write_back(self) -> None:
+        """Have on the disk what was written to the layers, also where a daemon between them and it has taken it."""
+
+    @abstractmethod
     def commit(self, key: str, name: str) -> None:
         """Finish a layer, which may be mounted, as the parent ``name`` of others."""
 

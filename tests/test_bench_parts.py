@@ -25,7 +25,7 @@ import pytest
 from rich.console import Console
 
 from layerfs import mount_table, registry
-from layerfs.bench import caches, content, fingerprint, fio, runfile, statistics, table, tasks, workload
+from layerfs.bench import caches, content, fingerprint, fio, runfile, runner, statistics, table, tasks, workload
 from layerfs.bench import plain as plain_io
 from layerfs.bench.caches import CacheState, Reached
 from layerfs.bench.crowd import at_once
@@ -40,6 +40,7 @@ from layerfs.bench.workloads.append_files import AppendMany
 from layerfs.bench.workloads.cache_share import CacheShare
 from layerfs.bench.workloads.knee_sweep import KneeSweep
 from layerfs.bench.workloads.layer_lifecycle import LayerLifecycle
+from layerfs.bench.workloads.randwrite import Randwrite
 from layerfs.bench.workloads.tree_walk import TreeWalk
 from layerfs.errors import InvalidArgument, LayerfsError, NotFound
 
@@ -215,6 +216,18 @@ def test_every_workload_measures_a_union_where_the_driver_makes_one(on_disk: Pat
         for work in works:
             with target.fresh(work.base, scratch.shared) as layer:
                 assert mount_table.at(layer.path)[-1].type == "overlay", work.label
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a file system, and drops all caches")
+def test_what_a_daemon_has_written_is_on_the_disk_and_so_can_be_made_cold(on_disk: Path) -> None:
+    """syncfs(2) on a FUSE file system reaches the daemon alone."""
+    work = Randwrite(64 << 20, 1)
+    with Scratch(on_disk, Interrupts()) as scratch:
+        target = scratch.target("aufs", "ext4", 1 << 30)
+        target.build(work.base)
+        sample = runner.take_sample(work, target, 0, scratch.shared, Interrupts())
+    assert sample.cache is not None
+    assert sample.cache.as_asked, sample.cache
 
 
 # Interrupts

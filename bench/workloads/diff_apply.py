@@ -66,6 +66,7 @@ class DiffApply(Workload):
         with layer.target.fresh(None, layer.shared) as written:
             small_files(self.files, self.amount, self.seed).fill(written.path)
             write_back(written.path)
+            written.target.write_back()
             made, clock = _diff_of(written, "diff"), Stopwatch()
             written.target.occupied(written.key)
             return [made, clock.lap("usage")]
@@ -77,6 +78,7 @@ class DiffApply(Workload):
             with open(root / name, "ab") as file:
                 file.write(b"changed")
         write_back(root)
+        layer.target.write_back()
         layer.target.unmount(layer.key)
         _diff_of(layer, "before")
         timing = _diff_of(layer, "small diff")
