@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from layerfs.backing import DIRECTORY
 from layerfs.bench import caches, fingerprint, memory
@@ -152,11 +153,12 @@ def run(
             samples.append(sample)
             if journal:
                 journal.add(sample)
-        facts = fingerprint.take(plan.place, {target.name: target.facts() for target in targets})
-    notes = [*watch.notes(), *_cache_notes(samples)]
+        facts = {target.name: target.facts() for target in targets}
+        circumstances = fingerprint.take(plan.place, facts)
+    notes = [*watch.notes(), *_cache_notes(samples, facts)]
     if earlier:
         notes.append(f"the run was stopped and went on: {len(earlier)} of its {len(samples)} samples are older")
-    return Run(started, plan.size, plan.seed, plan.targets, samples, facts, notes, failed.failures)
+    return Run(started, plan.size, plan.seed, plan.targets, samples, circumstances, notes, failed.failures)
 
 
 class _Failed:
@@ -343,9 +345,12 @@ def settle(work: Workload, layer: Layer) -> Reached | None:
     return caches.establish(work.state, *(layer.path / name for name in work.reads))
 
 
-def _cache_notes(samples: Sequence[Sample]) -> list[str]:
+def _cache_notes(samples: Sequence[Sample], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     by_advice = any(sample.cache and sample.cache.how == "fadvise" for sample in samples)
     notes = [_BY_ADVICE] if by_advice else []
+    cold = {sample.target for sample in samples if sample.cache and sample.cache.asked is CacheState.COLD}
+    if own := [name for name in facts if name in cold and facts[name]["backing"].get("filesystem") == "fuse.zfs"]:
+        notes.append(f"on {', '.join(own)}, cold is the kernel's cache alone: zfs-fuse keeps some of what is read")
     missed = {
         f"{sample.workload.label} on {sample.target}: the cache was not {sample.cache.asked} but held "
         f"{sample.cache.resident:.0%} of the file (by {sample.cache.how})"

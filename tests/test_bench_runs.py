@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from layerfs import registry
 from layerfs.bench import calibration, fingerprint, memory, runfile, runner, scratch
 from layerfs.bench.interrupts import Interrupts
 from layerfs.bench.journal import Journal
@@ -24,6 +25,7 @@ from layerfs.bench.results import Failure, Run
 from layerfs.bench.scratch import StoreTarget
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Timing
+from layerfs.bench.workloads.seqread_lower import SeqreadLower
 from layerfs.errors import EnvironmentUnfit, FailedPrecondition, InvalidArgument, OutOfSpace
 from layerfs.store import Store
 
@@ -159,6 +161,16 @@ def test_every_target_is_compared_with_the_first_by_a_ratio_with_interval(plan: 
     first, second = (b["extra_info"] for b in json.loads(json.dumps(runfile.document(run)))["benchmarks"])
     assert "against" not in first
     assert second["against"] == {"target": "native", "times": {"low": 1.0, "median": 1.0, "high": 1.0}}
+
+
+def test_a_cold_cache_is_not_said_to_be_one_where_a_daemon_keeps_its_own(plan: runner.Plan) -> None:
+    if not registry.load("zfs").probe(plan.place).usable:
+        pytest.skip("zfs does not work on this host")
+    works = [SeqreadLower(1 << 20, 0)]
+    run = _taken(dataclasses.replace(plan, targets=["vfs", "zfs"], workloads=works, rounds=1))
+    facts: dict[str, Any] = dict(run.fingerprint["targets"])  # type: ignore[call-overload]
+    in_user_space = facts["zfs"]["backing"]["filesystem"] == "fuse.zfs"
+    assert any(note.startswith("on zfs, cold is") for note in run.warnings) is in_user_space
 
 
 @pytest.fixture
