@@ -85,6 +85,12 @@ def read(files: Sequence[Path]) -> str:
     return "read"
 
 
+def read_mapped(file: Path) -> None:
+    """Read a byte of each page through a mapping, as the code of programs is read (mmap(2))."""
+    with open(file, "rb") as source, mmap.mmap(source.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        _ = pages[:: mmap.PAGESIZE]
+
+
 def resident(file: Path) -> float:
     """The part of the file's pages that the page cache holds, 0 to 1; 0 for an empty file.
 

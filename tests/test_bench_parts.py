@@ -443,8 +443,9 @@ def test_an_unknown_workload_is_named_with_the_known_ones() -> None:
         workload.chosen(["seqwrote"], [1 << 20], 0)
 
 
-def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path) -> None:
-    work = CacheShare(4 << 20, 0, readers=2)
+@pytest.mark.parametrize("access", ["read", "mmap"])
+def test_readers_of_a_file_that_is_not_cold_are_not_called_cold(on_disk: Path, access: str) -> None:
+    work = CacheShare(4 << 20, 0, readers=2, access=access)
     for kind, why in ((None, ""), ("tmpfs", ", not cold")):
         with Scratch(on_disk, Interrupts()) as scratch:
             target = scratch.target("native", kind, 64 << 20)

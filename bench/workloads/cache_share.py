@@ -17,7 +17,9 @@ from layerfs.bench.workload import Stopwatch, Timing, Workload
 
 @dataclass(frozen=True)
 class CacheShare(Workload):
-    """Before a layer reads the file, mincore(2) tells how much of it is cached for that layer already.
+    """``access`` is ``read``, or ``mmap`` as for the code of programs.
+
+    Before a layer reads the file, mincore(2) tells how much of it is cached for that layer already.
 
     What is not counts as cached once more, whatever other programs do with the rest of the page cache meanwhile. Where
     files do not go through the page cache, the growth of the file system's own cache is counted, which others share.
@@ -31,9 +33,10 @@ class CacheShare(Workload):
     too_small = "a small file's pages are shared as a large one's are"
     mounted = False
     about_layers = True
-    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 2, 4, 8, 16)}
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"readers": (1, 2, 4, 8, 16), "access": ("read", "mmap")}
 
     readers: int = 4
+    access: str = "read"
     most: int = 256 << 20
 
     @property
@@ -54,7 +57,10 @@ class CacheShare(Workload):
             for file in files:
                 unshared += 1 - caches.resident(file)
                 clock = Stopwatch()
-                caches.read([file])
+                if self.access == "mmap":
+                    caches.read_mapped(file)
+                else:
+                    caches.read([file])
                 timings.append(clock.lap("read", bytes=self.base.size))
                 held.append(caches.resident(file))
             grown = 0 if own is None else (caches.own_cache() or 0) - own

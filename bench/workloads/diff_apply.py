@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,9 +23,10 @@ class DiffApply(Workload):
 
     name = "diff-apply"
     summary = "apply a layer tar of a thousand files; diff and count as many just written; diff a few changed ones"
-    too_small = "its thousand files have this size together"
+    too_small = "its files have this size together"
     mounted = False
     about_layers = True
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"files": (10, 1000, 10_000)}
 
     files: int = 1000
     most: int = 64 << 20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from layerfs.bench import plain
 from layerfs.bench.on_lower import OnAnyParent
@@ -17,6 +19,7 @@ class SeqwriteNew(OnAnyParent):
     name = "seqwrite-new"
     summary = "write a new file from beginning to end, then fsync (allocation on demand)"
     programs = ("fio",)
+    full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"fsync": (True, False)}
 
     block: int = 1 << 20
     fsync: bool = True
