@@ -26,7 +26,7 @@ from layerfs.bench.journal import Journal
 from layerfs.bench.native import NATIVE
 from layerfs.bench.profiles import PROFILES
 from layerfs.bench.results import Run
-from layerfs.bench.scratch import TMPFS, Device, usual_filesystem
+from layerfs.bench.scratch import TMPFS, Device, stands_on, usual_filesystem
 from layerfs.bench.target_name import driver_of, parse
 from layerfs.cli.common import commas_option, json_option
 from layerfs.cli.output import print_json, print_table
@@ -309,6 +309,8 @@ def _beside(device: str, targets: Sequence[str], backing: str | None, errors: Co
     kind = own or backing or usual_filesystem(driver)
     if kind in (DIRECTORY, TMPFS):
         raise InvalidArgument(f"a backing of kind {kind} is on no device; leave --device out, or name a file system")
+    if not stands_on(driver, kind):
+        raise InvalidArgument(f"{driver} does not work on {kind}; name another --backing, or leave it out")
     if kind not in filesystems.KINDS:
         errors.print(f"Left out: native: {kind} has no directory but in its volumes", markup=False)
     return kind in filesystems.KINDS

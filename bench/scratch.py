@@ -103,7 +103,7 @@ class Scratch:
         """
         driver, own, options = target_name.parse(name)
         place, kind = self.root / name.replace(" ", "-"), own or filesystem
-        if driver != NATIVE and own is None and not _stands_on(driver, kind):
+        if driver != NATIVE and own is None and not stands_on(driver, kind):
             kind = None
         if kind == TMPFS:
             place.mkdir()
@@ -237,8 +237,8 @@ def usual_filesystem(driver: str) -> str:
     return next(iter(registry.load(driver).needs.filesystems), "ext4")
 
 
-def _stands_on(driver: str, filesystem: str | None) -> bool:
-    """Whether the run's common kind of backing is one that the driver works on."""
+def stands_on(driver: str, filesystem: str | None) -> bool:
+    """Whether the driver works on this kind of backing."""
     needed = registry.load(driver).needs.filesystems
     return filesystem is None or not needed or filesystem in needed
 

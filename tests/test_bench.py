@@ -270,6 +270,7 @@ def test_small_files_are_many_in_a_sample_and_the_figures_are_those_of_one(scrat
         (["--driver", "vfs", "--backing", "nonesuch", "--size", "1M"], 2, "nonesuch"),
         (["--driver", "vfs", "--device", "/dev/nonesuch", "--size", "1M"], 2, "No such file"),
         (["--driver", "vfs", "--device", "/dev/null", "--backing", "dir"], 2, "on no device"),
+        (["--driver", "btrfs", "--device", "/dev/null", "--backing", "ext4"], 2, "btrfs does not work on ext4"),
         (["--driver", "vfs,overlay2", "--device", "/dev/null"], 2, "for one driver"),
         (["--driver", "vfs", "--device", "/dev/null", "--calibrate"], 2, "for one driver"),
         (["--driver", "vfs", "--device", "/dev/null", "--guest"], 2, "a guest sees no device"),
