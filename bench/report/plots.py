@@ -183,10 +183,14 @@ def dots(title: str, x: Axis, rows: Sequence[Row], marks: Sequence[Mark] = ()) -
     values = [bound for row in rows for bound in (row.value.low, row.value.middle, row.value.high)]
     xs = axes.scale([*values, *x.values], left, WIDTH - right, x.format, log=x.log, base=x.base)
     parts = [svg.text(14, 24, title, class_="title")]
+    end = 0.0
     for value in x.ticks or xs.ticks(min(x.most, 4)):
-        place = xs.place(value)
+        place, words = xs.place(value), x.format(value)
         parts.append(svg.line(place, top, place, bottom, "grid"))
-        parts.append(svg.text(place, bottom + 14, x.format(value), anchor="middle", class_="small"))
+        half = svg.width_of(words, 11) / 2
+        if place - half > end:  # where the grid is narrow, some lines have no words
+            parts.append(svg.text(place, bottom + 14, words, anchor="middle", class_="small"))
+            end = place + half + 6
     for mark in marks:
         place = xs.place(mark.x)
         parts += [svg.line(place, top, place, bottom, "limit")]
