@@ -26,6 +26,17 @@ MakeStore = Callable[..., Store]
 
 
 @pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """A directory on a real disk: the pages of a tmpfs file cannot leave the cache."""
+    path = Path("/var/tmp") / f"layerfs-test-caches-{os.getpid()}"
+    path.mkdir()
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+@pytest.fixture
 def make_store(tmp_path: Path) -> Iterator[MakeStore]:
     """Makes stores, ``make_store(driver, name="store", **options)``; all of them are gone at the end."""
     with contextlib.ExitStack() as stack:
