@@ -355,8 +355,7 @@ def _report(run: Run, left_out: Mapping[str, str], output: Path | None, as_json:
     else:
         Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table.render(run))
     for failure in dict.fromkeys(run.failures):
-        what = f"{failure.workload or 'all'} on {failure.target}: {failure.reason}"
-        errors.print(f"{'Left out' if failure.known else 'Failed'}: {what}", markup=False)
+        errors.print(f"{'Left out' if failure.known else 'Failed'}: {failure.words}", markup=False)
     for warning in run.warnings:
         errors.print(f"Note: {warning}", markup=False)
     click.echo(f"Run file: {file}", err=as_json)

@@ -26,7 +26,6 @@ from rich.table import Table
 
 import layerfs
 from layerfs.bench import recorded, runner, statistics, workload
-from layerfs.bench.caches import write_back
 from layerfs.bench.cli import PIPE_WIDTH, bar, default_backing
 from layerfs.bench.compare import compare, fewest
 from layerfs.bench.content import Base
@@ -85,7 +84,7 @@ class ExtraSync(StoreTarget):
 
     def create(self, key: str, base: Base | None) -> None:
         super().create(key, base)
-        write_back(self._store.driver.root)
+        self.write_back()
 
 
 class LostSharing(StoreTarget):

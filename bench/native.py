@@ -60,8 +60,8 @@ class NativeTarget(Target):
         with contextlib.suppress(FileNotFoundError):
             self.remove(key)
 
-    def write_back(self) -> None:
-        write_back(self._root)
+    def write_back(self, *trees: Path) -> None:
+        write_back(*trees, self._root)
 
     def occupied(self, key: str) -> int:
         self.write_back()

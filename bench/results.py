@@ -93,6 +93,11 @@ class Failure:
     reason: str
     known: bool = False
 
+    @property
+    def words(self) -> str:
+        """What could not be measured where, and why, for people."""
+        return f"{self.workload or 'all'} on {self.target}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Run:

@@ -143,6 +143,7 @@ def run(
                 work.prepare(scratch.shared)
         failed = _Failed(plan.goes_on)
         targets = []
+        # On a device, the bare directory is made beside the driver's store, which has to be there.
         for name in sorted(plan.targets, key=lambda name: plan.device is not None and name == NATIVE):
             with failed.noted(name, once=False):
                 targets.append(scratch.target(name, plan.filesystem, plan.backing_size))
@@ -338,8 +339,7 @@ def take_sample(work: Workload, target: Target, number: int, shared: Path, inter
 
 def settle(work: Workload, layer: Layer) -> Reached | None:
     """Nothing is left to be written, and the files that are read are in the cache state that the workload names."""
-    caches.write_back(*([layer.tree] if layer.tree else []), layer.shared)
-    layer.target.write_back()
+    layer.target.write_back(*([layer.tree] if layer.tree else []), layer.shared)
     if work.state is CacheState.ANY:
         return None
     return caches.establish(work.state, *(layer.path / name for name in work.reads))

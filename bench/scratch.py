@@ -183,9 +183,9 @@ class StoreTarget(Target):
             self.write_back()  # what is not written yet has no blocks, or not those that it will have
             return self._store.usage(key).size
 
-    def write_back(self) -> None:
+    def write_back(self, *trees: Path) -> None:
         with self._interrupts.held():
-            write_back(self._store.driver.root)
+            write_back(*trees, self._store.driver.root)
 
     def commit(self, key: str, name: str) -> None:
         with self._interrupts.held():

@@ -80,8 +80,11 @@ class Target(ABC):
         """Bytes that a layer alone has on the backing, once all is written back."""
 
     @abstractmethod
-    def write_back(self) -> None:
-        """Have on the disk what was written to the layers, also where a daemon between them and it has taken it."""
+    def write_back(self, *trees: Path) -> None:
+        """Have on the disk what was written to ``trees`` (mounted layers, or other places) and to the backing.
+
+        Of a layer both are needed: where a daemon serves it, syncfs(2) on its tree reaches the daemon alone.
+        """
 
     @abstractmethod
     def commit(self, key: str, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -214,9 +214,6 @@ def _left_out(chosen: Sequence[Claim], drivers: str, place: Path) -> dict[str, s
 
 
 def _tell(run: Run, file: Path, errors: Console) -> None:
-    notes: Mapping[str, None] = dict.fromkeys(
-        [*run.warnings, *(f"{f.workload or 'all'} on {f.target}: {f.reason}" for f in run.failures)]
-    )
-    for note in notes:
+    for note in dict.fromkeys([*run.warnings, *(failure.words for failure in run.failures)]):
         errors.print(f"Note: {note}", markup=False)
     errors.print(f"Run file: {file}", markup=False)

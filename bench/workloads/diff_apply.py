@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from layerfs.bench.caches import CacheState, establish, write_back
+from layerfs.bench.caches import CacheState, establish
 from layerfs.bench.content import Base, small_files, tree, write_tar
 from layerfs.bench.target import Layer
 from layerfs.bench.workload import Stopwatch, Timing, Workload
@@ -67,8 +67,7 @@ class DiffApply(Workload):
     def _diff(self, layer: Layer) -> list[Timing]:
         with layer.target.fresh(None, layer.shared) as written:
             small_files(self.files, self.amount, self.seed).fill(written.path)
-            write_back(written.path)
-            written.target.write_back()
+            written.target.write_back(written.path)
             made, clock = _diff_of(written, "diff"), Stopwatch()
             written.target.occupied(written.key)
             return [made, clock.lap("usage")]
@@ -79,8 +78,7 @@ class DiffApply(Workload):
         for name in names[:: len(names) // self.changed]:
             with open(root / name, "ab") as file:
                 file.write(b"changed")
-        write_back(root)
-        layer.target.write_back()
+        layer.target.write_back(root)
         layer.target.unmount(layer.key)
         _diff_of(layer, "before")
         timing = _diff_of(layer, "small diff")

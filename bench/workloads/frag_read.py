@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerfs.bench import caches, fio
+from layerfs.bench import fio
 from layerfs.bench.content import LOWER_FILE
 from layerfs.bench.on_lower import LowerReader
 from layerfs.bench.target import Layer
@@ -42,7 +42,7 @@ class FragRead(LowerReader):
         return [Timing("read", done.seconds, bytes=done.bytes, processor=done.processor)]
 
     def counters(self, layer: Layer) -> dict[str, int]:
-        caches.write_back(layer.path)
+        layer.target.write_back(layer.path)
         file = os.open(layer.path / LOWER_FILE, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return {"extents": len(list(extents(file)))}
