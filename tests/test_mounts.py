@@ -186,6 +186,10 @@ def test_opened_bind_needs_no_privilege(scratch: Path) -> None:
 def test_unmount_of_what_is_not_mounted(scratch: Path) -> None:
     mounts.unmount(scratch)
     mounts.unmount(scratch / "absent")
+    (scratch / "plain" / "target").mkdir(parents=True)
+    mounts.attach([Mount("tmpfs", "tmpfs")], scratch / "plain" / "target")
+    mounts.unmount(scratch / "plain")  # what is mounted below it goes all the same
+    assert mounted_below(scratch) == []
 
 
 def test_busy_names_the_holder(scratch: Path) -> None:
