@@ -174,6 +174,8 @@ def test_the_newest_run_that_answers_is_taken(tmp_path: Path) -> None:
     answer = _answer("--builds", cwd=tmp_path)
     assert answer["driver"] == "btrfs"
     assert answer["run"] == "results/new.json"
+    _write(results / "short.json", {name: {"btrfs": 9.0, "overlay2": 1.0} for name in whole}, day=4, spread=_STEADY[:3])
+    assert _answer("--builds", cwd=tmp_path)["run"] == "results/new.json"
     memory = {"cache-share": {"btrfs": 4.0, "overlay2": 1.0}}
     _write(results / "memory.json", memory, day=1)
     assert _answer("--little-memory", cwd=tmp_path)["driver"] == "overlay2"
@@ -192,6 +194,19 @@ def test_one_reader_says_nothing_of_what_many_share(tmp_path: Path) -> None:
     several.write_text(json.dumps(both))
     answer = _answer("--little-memory", several)
     assert answer["driver"] == "overlay2"
+    assert answer["ranking"][1]["ratio"] == pytest.approx(4)
+
+
+def test_of_many_variants_the_usual_one_counts(tmp_path: Path) -> None:
+    files = [
+        _write(tmp_path / f"{number}.json", {"diff-apply": {"btrfs": btrfs, "overlay2": 1.0}}, parameters=parameters)
+        for number, (parameters, btrfs) in enumerate([({"files": 10}, 9.0), ({}, 4.0), ({"files": 10_000}, 9.0)])
+    ]
+    whole, *others = (json.loads(file.read_text()) for file in files)
+    for other in others:
+        whole["benchmarks"] += other["benchmarks"]
+    files[0].write_text(json.dumps(whole))
+    answer = _answer("--builds", files[0])
     assert answer["ranking"][1]["ratio"] == pytest.approx(4)
 
 

@@ -201,7 +201,7 @@ def command(figures: Iterable[Figure]) -> str:
 def _best(
     chosen: Sequence[Need], runs: Sequence[Evidence], left_out: Mapping[str, str], required: Sequence[str]
 ) -> Advice:
-    """By the newest run that has most of the figures."""
+    """By the newest run that has most of the figures, and enough samples of them."""
     advices = []
     for run in runs:
         reasons = _refused(run, left_out, required)
@@ -216,7 +216,7 @@ def _best(
             f"no run file has figures of drivers to choose from for that{why}; measure first: {wanted}, and then "
             "layerfs advise again, with that file"
         )
-    return min(usable, key=lambda advice: (len(advice.ranking.missing), -len(advice.ranking.drivers)))
+    return min(usable, key=lambda a: (len(a.ranking.missing), -len(a.ranking.drivers), a.ranking.fewest < _FEW_SAMPLES))
 
 
 def _refused(run: Evidence, left_out: Mapping[str, str], required: Sequence[str]) -> dict[str, str]:

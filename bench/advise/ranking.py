@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,7 @@ from layerfs.bench import statistics
 from layerfs.bench.advise.needs import Figure, Need
 from layerfs.bench.claims.evidence import Evidence
 from layerfs.bench.statistics import Interval
+from layerfs.bench.workload import discover
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def _overall(measured: Sequence[Measured], weights: Sequence[float], driver: str
 
 
 def _samples(figure: Figure, run: Evidence, allowed: Collection[str]) -> dict[str, list[float]]:
-    """Of the variant of the workload that most drivers have and, among those, has the largest file; not of one that
-    says nothing of the need."""
+    """Of the variant of the workload that most drivers have and, among those, has the largest file, and is closest to
+    the usual one; not of one that says nothing of the need."""
     variants: dict[tuple[tuple[str, str], ...], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for benchmark in run.benchmarks:
         extra, parameters = benchmark["extra_info"], dict(benchmark["params"])
@@ -111,8 +113,13 @@ def _samples(figure: Figure, run: Evidence, allowed: Collection[str]) -> dict[st
         if all(parameters.get(name, 0) >= least for name, least in figure.least.items()):
             variant = tuple((name, str(value)) for name, value in parameters.items())
             variants.setdefault(variant, {}).setdefault(extra["target"], {})[extra["step"]] = benchmark
-    found = [(dict(variant).get("size", "0"), _figures(figure, steps)) for variant, steps in variants.items()]
-    return max(found, key=lambda one: (len(one[1]), int(one[0])), default=("0", {}))[1]
+    usual = {(name, str(value)) for name, value in discover()[figure.workload].defaults().items()}
+    found = [
+        (len(samples), int(dict(variant).get("size", 0)), len(usual & set(variant)), samples)
+        for variant, steps in variants.items()
+        if (samples := _figures(figure, steps))
+    ]
+    return max(found, key=itemgetter(slice(3)), default=(0, 0, 0, {}))[-1]
 
 
 def _figures(figure: Figure, targets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[float]]:
