@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerfs.bench import statistics
+from layerfs.bench.report import axes
 from layerfs.bench.results import Run, Series
 from layerfs.bench.statistics import Interval
 from layerfs.sizes import format_size
@@ -96,5 +97,5 @@ def _figure(value: float, unit: str) -> str:
     if unit == "B/s":
         return f"{humanize.naturalsize(value, format='%.3g')}/s"
     if unit == "op/s":
-        return f"{humanize.intcomma(round(value))} op/s"
+        return f"{axes.number(value)} op/s"
     return humanize.metric(value, "s", precision=3)

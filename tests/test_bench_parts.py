@@ -441,6 +441,14 @@ def test_the_table_has_units_spread_and_comparison() -> None:
     assert "p99 1.00 ms" in text
 
 
+def test_the_table_does_not_round_what_happens_seldom_to_none() -> None:
+    work, seldom = _Work(1 << 20, 0), Timing("build", 2.5, operations=1)
+    samples = [Sample("fast", work, number, [seldom], {}, None) for number in range(5)]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table.render(Run(datetime(2026, 1, 31, tzinfo=UTC), 1 << 30, 7, ["fast"], samples, {}, [])))
+    assert "0.4 op/s" in console.export_text()
+
+
 # The fingerprint
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
-import humanize
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -166,9 +165,7 @@ def _cell(line: Line, target: str) -> str:
 def _rate_words(figure: Figure) -> str:
     if figure.unit == "B/s":
         return axes.speed(figure.rate.middle)
-    return (
-        f"{humanize.intcomma(round(figure.rate.middle))} op/s" if figure.unit == "op/s" else axes.seconds(figure.middle)
-    )
+    return f"{axes.number(figure.rate.middle)} op/s" if figure.unit == "op/s" else axes.seconds(figure.middle)
 
 
 def _against(figure: Figure, native: Figure | None) -> Interval | None:
