@@ -495,6 +495,12 @@ def test_the_command_writes_each_form(run_file: Path, tmp_path: Path) -> None:
     assert out["r.html"].read_text() == before
 
 
+def test_a_dash_for_a_file_is_the_standard_output(run_file: Path) -> None:
+    done = _run(run_file, "--csv", "-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("machine,workload,step")
+
+
 def test_without_a_file_to_write_it_prints_a_table(run_file: Path) -> None:
     done = _run(run_file)
     assert done.returncode == 0, done.stderr

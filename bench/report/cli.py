@@ -39,13 +39,14 @@ def report(
 
     Runs of one machine are put together, of each figure the newest; runs of several machines are shown apart. What the
     runs do not hold is left out, and the report says what would measure it. A file of verdicts among the runs, the last
-    if there are several, gives the scoreboard.
+    if there are several, gives the scoreboard. As a file to write, "-" is the standard output.
 
     \b
     Examples:
       layerfs report run.json
       layerfs report results/*.json -o report.html
       layerfs report run.json --claims verdicts.json --svg pictures
+      layerfs report run.json --csv - | grep overlay2
     """
     given = [(recorded.document(file), file) for file in runs]
     machines = data.grouped(data.parse(document, file.name) for document, file in given if not claims.is_one(document))
@@ -82,7 +83,9 @@ def _write_pictures(
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text, encoding="utf-8", errors="replace")
+        with click.open_file(str(file), "w", encoding="utf-8", errors="replace") as out:
+            out.write(text)
     except OSError as error:
         raise refused(f"writing {str(file)!r}", error) from error
-    click.echo(f"Written: {file}", err=True)
+    if str(file) != "-":
+        click.echo(f"Written: {file}", err=True)
