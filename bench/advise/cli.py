@@ -31,7 +31,6 @@ from layerfs.errors import EnvironmentUnfit, InvalidArgument, LayerfsError
 from layerfs.kernel import userns
 from layerfs.sizes import format_size
 
-_FEW_SAMPLES = 5  # fewer can come out in any order by chance
 _CAPABILITIES = {str(flag.name).lower().replace("_", "-"): str(flag.name) for flag in Capability if flag.name}
 _ASKED = {
     "rootless": "Does it have to work without root?",
@@ -131,7 +130,7 @@ class Advice:
         lines = [self._headline(), *self._costs()]
         for driver, reason in self.left_out.items():
             lines.append(Text(f"Left out: {driver}: {reason}", "dim"))
-        if self.ranking.fewest < _FEW_SAMPLES:
+        if self.ranking.by_chance:
             lines.append(
                 Text(f"Some figures have {self.ranking.fewest} samples, so the order may be chance.", "yellow")
             )
@@ -216,7 +215,7 @@ def _best(
             f"no run file has figures of drivers to choose from for that{why}; measure first: {wanted}, and then "
             "layerfs advise again, with that file"
         )
-    return min(usable, key=lambda a: (len(a.ranking.missing), -len(a.ranking.drivers), a.ranking.fewest < _FEW_SAMPLES))
+    return min(usable, key=lambda a: (len(a.ranking.missing), -len(a.ranking.drivers), a.ranking.by_chance))
 
 
 def _refused(run: Evidence, left_out: Mapping[str, str], required: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from layerfs.bench.claims.evidence import Evidence
 from layerfs.bench.statistics import Interval
 from layerfs.bench.workload import discover
 
+_ENOUGH_SAMPLES = 5  # fewer can come out in any order by chance
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -56,6 +58,11 @@ class Ranking:
     def fewest(self) -> int:
         """Samples of the figure that has the fewest."""
         return min(len(samples) for one in self.measured for samples in one.samples.values())
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether some figure has so few samples that the order may be chance."""
+        return self.fewest < _ENOUGH_SAMPLES
 
     @property
     def equals(self) -> list[str]:
