@@ -33,6 +33,7 @@ class ParallelLight(Workload):
     summary = "many layers at a time, each using a lower layer's file a few times a second: seconds until all are done"
     mounted = False
     about_layers = True
+    sweep: ClassVar[Mapping[str, Sequence[object]]] = {"access": ("update", "read")}
     full_sweep: ClassVar[Mapping[str, Sequence[object]]] = {"tasks": (8, 64)}
 
     tasks: int = 8
